@@ -1,0 +1,115 @@
+// The one file that sees Python: addresses, sizes and a stream become the kernels' plain structs, without the GIL.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "dove/cuda_error.h"
+#include "dove/isa.h"
+#include "dove/pack.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::list split(const std::string& text) { return py::list(py::str(text).attr("split")(",")); }
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = DOVE_COMPILER;
+  info["build_type"] = DOVE_BUILD_TYPE;
+  info["cpu_isas"] = split(DOVE_CPU_ISAS);
+  info["cpu_isa"] = dove::isa_name(dove::best_isa());
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef DOVE_CUDA
+  info["cuda"] = true;
+  info["cuda_archs"] = split(DOVE_CUDA_ARCHS);
+  info["nvcc"] = DOVE_NVCC;
+#else
+  info["cuda"] = false;
+  info["cuda_archs"] = py::list();
+  info["nvcc"] = "";
+#endif
+  info["cuda_reason"] = DOVE_CUDA_REASON;
+  return info;
+}
+
+// Python's BackendError, raised for CudaError. Looked up when it is needed: the package is imported by then.
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const dove::CudaError& error) {
+    py::set_error(py::module_::import("dove_fast.errors").attr("BackendError"), error.what());
+  }
+}
+
+// pack and unpack: source, target and cu_seqlens are addresses of tensors that the caller holds.
+auto cpu_pack(dove::CpuKernel<dove::PackParams> kernel) {
+  return
+      [kernel](uintptr_t source, uintptr_t target, uintptr_t cu_seqlens, int64_t batch, int64_t length, int64_t total,
+               int64_t entry_bytes, int64_t row_stride, int64_t entry_stride, int num_threads, const std::string& isa) {
+        const dove::PackParams params{reinterpret_cast<const void*>(source),
+                                      reinterpret_cast<void*>(target),
+                                      reinterpret_cast<const int32_t*>(cu_seqlens),
+                                      batch,
+                                      length,
+                                      total,
+                                      entry_bytes,
+                                      row_stride,
+                                      entry_stride,
+                                      num_threads};
+        const dove::Isa chosen = dove::isa_by_name(isa);
+        const py::gil_scoped_release release;
+        kernel(params, chosen);
+      };
+}
+
+#ifdef DOVE_CUDA
+auto cuda_pack(void (*launch)(const dove::PackParams&, int, void*)) {
+  return
+      [launch](uintptr_t source, uintptr_t target, uintptr_t cu_seqlens, int64_t batch, int64_t length, int64_t total,
+               int64_t entry_bytes, int64_t row_stride, int64_t entry_stride, int device, uintptr_t stream) {
+        const dove::PackParams params{reinterpret_cast<const void*>(source),
+                                      reinterpret_cast<void*>(target),
+                                      reinterpret_cast<const int32_t*>(cu_seqlens),
+                                      batch,
+                                      length,
+                                      total,
+                                      entry_bytes,
+                                      row_stride,
+                                      entry_stride,
+                                      0};
+        const py::gil_scoped_release release;
+        launch(params, device, reinterpret_cast<void*>(stream));
+      };
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The native kernels of dove_fast. Private: call dove_fast.ops.";
+  module.attr("version") = DOVE_VERSION;
+  module.def("build_info", &build_info);
+  module.def("isa_available", [](const std::string& name) {
+    try {
+      dove::isa_by_name(name);
+      return true;
+    } catch (const std::invalid_argument&) {
+      return false;
+    }
+  });
+  py::register_local_exception_translator(&translate);
+
+  module.def("pack_cpu", cpu_pack(DOVE_CPU_KERNEL(pack)));
+  module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
+#ifdef DOVE_CUDA
+  module.def("pack_cuda", cuda_pack(&dove::cuda::pack));
+  module.def("unpack_cuda", cuda_pack(&dove::cuda::unpack));
+#endif
+}

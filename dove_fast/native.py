@@ -1,0 +1,87 @@
+"""The native module `dove_fast._C`: loaded when it is first called, and what it was built with."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+from dove_fast.errors import BackendError
+
+__all__ = ["build_info", "load", "why_no_cuda", "why_no_native"]
+
+_REBUILD = "run `pip install --force-reinstall --no-deps dove-fast`, or `pip install -e .` in a source tree"
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str]:
+    """Import `_C` once -> (module, ""), or (None, why not)."""
+    # torch comes first: its OpenMP runtime has the soname that `_C` asks for, so that the process has one of them.
+    import torch  # noqa: F401
+
+    from dove_fast import __version__
+
+    try:
+        module = importlib.import_module("dove_fast._C")
+    except ImportError as error:
+        return None, f"the native module dove_fast._C cannot be imported ({error}): {_REBUILD}"
+    if module.version != __version__:
+        built_for = f"was built for version {module.version}, but dove_fast is {__version__}"
+        return None, f"the native module dove_fast._C {built_for}: {_REBUILD}"
+    return module, ""
+
+
+def load() -> ModuleType:
+    """Return `dove_fast._C`. Raises `BackendError` that names the fix when it is missing or of another version."""
+    module, reason = _import()
+    if module is None:
+        raise BackendError(reason)
+    return module
+
+
+def why_no_native() -> str | None:
+    """Return why the CPU kernels cannot be called, or None when they can."""
+    return _import()[1] or None
+
+
+def why_no_cuda() -> str | None:
+    """Return why the CUDA kernels are not in this build, or None when they are. Asks no device."""
+    module, reason = _import()
+    if module is None:
+        return reason
+    why: str = module.build_info()["cuda_reason"]
+    if not why:
+        return None
+    return f"this build of dove_fast has no CUDA kernels ({why}): install with nvcc on PATH and DOVE_FAST_CUDA=1"
+
+
+def build_info() -> dict[str, Any]:
+    """Return what the native module was built with; never raises, and asks no GPU.
+
+    Keys: `version` (str), `native` (bool, the module can be loaded), `native_reason` (str or None, why it cannot),
+    `compiler` (str), `build_type` (str), `cpu_isas` (list of str, compiled), `cpu_isa` (str, the one this processor
+    runs), `openmp` (bool), `cuda` (bool), `cuda_archs` (list of str such as "90a-real"), `nvcc` (str or None, its
+    version), `cuda_reason` (str or None, why there is no CUDA). Without the module its own entries are None or empty.
+    """
+    from dove_fast import __version__
+
+    module, reason = _import()
+    info: dict[str, Any] = {
+        "version": __version__,
+        "native": module is not None,
+        "native_reason": reason or None,
+        "compiler": None,
+        "build_type": None,
+        "cpu_isas": [],
+        "cpu_isa": None,
+        "openmp": False,
+        "cuda": False,
+        "cuda_archs": [],
+        "nvcc": None,
+        "cuda_reason": reason or None,
+    }
+    if module is not None:
+        built = module.build_info()
+        info.update({key: value if value != "" else None for key, value in built.items()})
+    return info

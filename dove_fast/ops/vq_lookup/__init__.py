@@ -1,0 +1,110 @@
+"""vq_lookup: the nearest codeword of each feature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dove_fast.ops import registry
+from dove_fast.ops.registry import Implementation
+from dove_fast.ops.vq_lookup import reference
+
+__all__ = ["vq_lookup"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def vq_lookup(
+    x: Tensor, codebook: Tensor, *, codebook_sq: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Replace each feature by its nearest codeword (Euclidean distance, the lowest index among equals).
+
+    x: (..., C) and codebook: (K, C), each float64, float32, bfloat16 or float16, on one device;
+    codebook_sq: (K,) float32 or float64, the codewords' |c|^2, for a caller that keeps it; computed where None.
+    Returns codes (...) int64, and quantized (..., C), the codewords in x's dtype. Sums are in fp32 or better; a row of
+    x with NaN or infinity gets code 0.
+    Backward: quantized's gradient goes to x unchanged (straight through), and to the chosen codewords where the
+    codebook requires it; codes and codebook_sq have none.
+    backend: None, "auto" or "reference".
+    Raises `TypeError` for another dtype, `ValueError` for shapes that do not fit or tensors on different devices,
+    `BackendError` where the backend cannot run. Source: METHOD section 3, the grid goes through the codebook.
+    """
+    _check(x, codebook, codebook_sq)
+    codes, quantized = torch.ops.dove_fast.vq_lookup(x, codebook, codebook_sq, backend)
+    return codes, quantized
+
+
+def _check(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {_name(tensor.dtype)}")
+    if codebook.dim() != 2 or codebook.shape[0] == 0:
+        raise ValueError(f"codebook must have shape (K, C) with K at least 1, got {tuple(codebook.shape)}")
+    if x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(f"x must have shape (..., {codebook.shape[1]}) like the codebook, got {tuple(x.shape)}")
+    if codebook.device != x.device:
+        raise ValueError(f"codebook must be on {x.device} like x, got {codebook.device}")
+    if codebook_sq is None:
+        return
+    if codebook_sq.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"codebook_sq must be float32 or float64, got {_name(codebook_sq.dtype)}")
+    if codebook_sq.shape != codebook.shape[:1]:
+        raise ValueError(f"codebook_sq must have shape ({codebook.shape[0]},), got {tuple(codebook_sq.shape)}")
+    if codebook_sq.device != x.device:
+        raise ValueError(f"codebook_sq must be on {x.device} like x, got {codebook_sq.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_LIBRARY = torch.library.Library("dove_fast", "FRAGMENT")
+_LIBRARY.define(
+    "vq_lookup(Tensor x, Tensor codebook, Tensor? codebook_sq=None, str? backend=None)"
+    " -> (Tensor codes, Tensor quantized)"
+)
+
+
+def _vq_lookup(
+    x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    codes, quantized = registry.implementation("vq_lookup", backend, x)(x, codebook, codebook_sq)
+    return codes, quantized
+
+
+_LIBRARY.impl("vq_lookup", _vq_lookup, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dove_fast::vq_lookup", lib=_LIBRARY)
+def _fake(
+    x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, codebook, _, _ = inputs
+    codes, _ = output
+    ctx.mark_non_differentiable(codes)
+    ctx.save_for_backward(codes)
+    ctx.codebook_shape, ctx.codebook_dtype = codebook.shape, codebook.dtype
+
+
+def _backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (codes,) = ctx.saved_tensors
+    grad_codebook = None
+    if ctx.needs_input_grad[1]:
+        wide = torch.promote_types(torch.promote_types(grad.dtype, ctx.codebook_dtype), torch.float32)
+        zeros = torch.zeros(ctx.codebook_shape, dtype=wide, device=grad.device)
+        rows = grad.reshape(-1, grad.shape[-1]).to(wide)
+        grad_codebook = zeros.index_add(0, codes.reshape(-1), rows).to(ctx.codebook_dtype)
+    return grad if ctx.needs_input_grad[0] else None, grad_codebook, None, None
+
+
+torch.library.register_autograd("dove_fast::vq_lookup", _backward, setup_context=_save, lib=_LIBRARY)
+
+registry.register("vq_lookup", reference=Implementation(reference.vq_lookup))
