@@ -1,0 +1,221 @@
+"""Checkpoint directories: JSON configurations and safetensors weights, whole or sharded; never pickles.
+
+Reads dove_fast's own directories, and assembles components from diffusers' and transformers' (`foreign`), without
+importing either library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dove_fast.config import DOVEConfig, GPTNeoXConfig, VQGANConfig
+from dove_fast.errors import CheckpointError
+from dove_fast.models import foreign
+
+__all__ = ["Components", "assign", "read_components", "read_dove", "write_dove"]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+VQ_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# How many tensors of each kind an error message lists.
+MAX_TENSORS_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Components:
+    """What `read_components` found: a configuration and the tensors for each part."""
+
+    vqgan_config: VQGANConfig
+    vqgan: dict[str, Tensor]
+    image_range: tuple[float, float]
+    generator_config: GPTNeoXConfig
+    generator: dict[str, Tensor]
+    token_decoder_config: GPTNeoXConfig
+    token_decoder: dict[str, Tensor]
+
+
+def read_dove(directory: str | os.PathLike[str]) -> tuple[DOVEConfig, dict[str, Tensor]]:
+    """Read a directory that `write_dove` wrote: its configuration and its tensors.
+
+    Raises `FileNotFoundError` for no such directory, `CheckpointError` for one that is not a DOVE checkpoint.
+    """
+    data = _read_config(directory)
+    try:
+        config = DOVEConfig.from_dict(data)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{Path(directory, CONFIG_NAME)}: {error}") from error
+    return config, _read_tensors(directory, WEIGHTS_NAME)
+
+
+def read_components(
+    vqgan: str | os.PathLike[str],
+    generator: str | os.PathLike[str],
+    token_decoder: str | os.PathLike[str] | None,
+    image_range: tuple[float, float] | None,
+) -> Components:
+    """Read a diffusers `VQModel` directory and one or two transformers GPT-NeoX directories.
+
+    `token_decoder=None` takes the generator's weights. Raises `FileNotFoundError` or `CheckpointError`.
+    """
+    vqgan_data = _read_config(vqgan)
+    vqgan_config = _converted(foreign.vqgan_config, vqgan_data, vqgan)
+    if image_range is None:
+        image_range = tuple(vqgan_data.get("image_range", (0.0, 1.0)))
+    generator_config = _converted(foreign.gpt_neox_config, _read_config(generator), generator)
+    generator_tensors = foreign.gpt_neox_tensors(_read_tensors(generator, WEIGHTS_NAME))
+    if token_decoder is None:
+        decoder_config, decoder_tensors = generator_config, dict(generator_tensors)
+    else:
+        decoder_config = _converted(foreign.gpt_neox_config, _read_config(token_decoder), token_decoder)
+        decoder_tensors = foreign.gpt_neox_tensors(_read_tensors(token_decoder, WEIGHTS_NAME))
+    decoder_tensors.pop(foreign.EMBEDDING_KEY, None)
+    return Components(
+        vqgan_config=vqgan_config,
+        vqgan=foreign.vqgan_tensors(_read_tensors(vqgan, VQ_WEIGHTS_NAME)),
+        image_range=image_range,
+        generator_config=generator_config,
+        generator=generator_tensors,
+        token_decoder_config=foreign.without_embedding(decoder_config),
+        token_decoder=decoder_tensors,
+    )
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, dtype: torch.dtype | None) -> None:
+    """Give a module on the meta device its tensors, cast to `dtype` unless that is None.
+
+    Raises `CheckpointError` that lists every kind of tensor that is missing, not expected, misshapen or not floating.
+    """
+    expected = module.state_dict()
+    problems = [
+        *_listed("missing", (name for name in expected if name not in tensors)),
+        *_listed("not expected", (name for name in tensors if name not in expected)),
+        *_listed(
+            "of another shape",
+            (
+                f"{name} {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+                for name, tensor in expected.items()
+                if name in tensors and tensors[name].shape != tensor.shape
+            ),
+        ),
+        *_listed(
+            "not floating",
+            (f"{name} {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()),
+        ),
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit its configuration: {'; '.join(problems)}")
+    # A copy, because the tensors may be views of a memory-mapped file that somebody overwrites later.
+    module.load_state_dict({name: tensor.to(dtype=dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
+
+
+def write_dove(directory: str | os.PathLike[str], config: DOVEConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a configuration and its tensors into a directory, which is made; each file by temporary file and rename."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write(target / WEIGHTS_NAME, safetensors.torch.save(weights, metadata={"format": "pt"}))
+    _write(target / CONFIG_NAME, config.to_json().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are private to their owner; a checkpoint is an ordinary file.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    found = list(names)
+    if not found:
+        return []
+    more = f", and {len(found) - MAX_TENSORS_NAMED} more" if len(found) > MAX_TENSORS_NAMED else ""
+    return [f"{len(found)} {what}: {', '.join(found[:MAX_TENSORS_NAMED])}{more}"]
+
+
+def _converted(convert: Any, data: dict[str, Any], directory: str | os.PathLike[str]) -> Any:
+    try:
+        return convert(data)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{Path(directory, CONFIG_NAME)}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    path = Path(directory)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint directory at {path}")
+    if not (path / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{path} is not a checkpoint directory: it has no {CONFIG_NAME}")
+    return _read_json(path / CONFIG_NAME)
+
+
+def _read_tensors(directory: str | os.PathLike[str], weights_name: str) -> dict[str, Tensor]:
+    """Read `weights_name`, or the shards that `weights_name`.index.json lists."""
+    path = Path(directory)
+    index = path / f"{weights_name}.index.json"
+    if (path / weights_name).is_file():
+        return _read_file(path / weights_name)
+    if index.is_file():
+        return _read_shards(index)
+    pickles = sorted(item.name for item in path.iterdir() if item.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{path} holds its weights in {', '.join(pickles)}, a pickle, which could run code and is never read; "
+            f"save it as {weights_name} with safe_serialization=True"
+        )
+    raise CheckpointError(f"{path} has neither {weights_name} nor {index.name}")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} must have a weight_map from tensor to file name")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is outside its own directory")
+        shard = index.parent / name
+        if not shard.is_file():
+            raise CheckpointError(f"{index} names {name}, which does not exist")
+        tensors.update(_read_file(shard))
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise CheckpointError(f"{index}: the shards lack {'; '.join(_listed('tensors', absent))}")
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error

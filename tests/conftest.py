@@ -1,0 +1,42 @@
+"""What every test needs: the GPU marker, a broken-torchvision guard, one thread count."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+
+def _define_torchvision_ops() -> None:
+    """Let a torchvision built for another torch be imported: transformers imports it wherever it is installed.
+
+    Such a build fails with `operator torchvision::nms does not exist`. Nothing here calls these operators, and
+    dove_fast itself works without torchvision.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        )
+        _KEEP_ALIVE.append(library)
+
+
+# A Library removes its definitions when it is collected.
+_KEEP_ALIVE: list[torch.library.Library] = []
+_define_torchvision_ops()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, visibly, where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,45 @@
+"""What `import dove_fast` costs and does: little and nothing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import dove_fast
+
+LIBRARIES = ("PIL", "pyarrow", "rich", "triton", "diffusers", "transformers", "numpy.testing")
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_is_quick_and_light():
+    code = (
+        "import json, sys, threading, time, torch\n"
+        "before, start = set(sys.modules), time.perf_counter()\n"
+        "import dove_fast\n"
+        "seconds = time.perf_counter() - start\n"
+        "print(json.dumps([seconds, sorted(set(sys.modules) - before), threading.active_count()]))"
+    )
+    output = run_python(code)
+    seconds, modules, threads = json.loads(output)
+    assert seconds < 1.0
+    assert not [name for name in modules if name.split(".")[0] in LIBRARIES]
+    assert "dove_fast._C" not in modules, "the native module is loaded when it is first called"
+    assert threads == 1
+
+
+def test_public_names():
+    for name in dove_fast.__all__:
+        value = getattr(dove_fast, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), f"{name} has no docstring"
+
+
+def test_version_is_the_package_metadata():
+    from importlib import metadata
+
+    assert metadata.version("dove-fast") == dove_fast.__version__
