@@ -1,4 +1,4 @@
-"""Exceptions of dove_fast. Wrong arguments raise `TypeError` or `ValueError`; everything else derives from `DoveError`."""
+"""Exceptions of dove_fast: wrong arguments raise `TypeError` or `ValueError`, the rest derives from `DoveError`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dove_fast.atomic import replacing
 from dove_fast.config import DOVEConfig, GPTNeoXConfig, VQGANConfig
 from dove_fast.errors import CheckpointError
 from dove_fast.models import foreign
@@ -126,23 +126,12 @@ def write_dove(directory: str | os.PathLike[str], config: DOVEConfig, tensors: M
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write(target / WEIGHTS_NAME, safetensors.torch.save(weights, metadata={"format": "pt"}))
-    _write(target / CONFIG_NAME, config.to_json().encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    for name, content in (
+        (WEIGHTS_NAME, safetensors.torch.save(weights, metadata={"format": "pt"})),
+        (CONFIG_NAME, config.to_json().encode()),
+    ):
+        with replacing(target / name) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are private to their owner; a checkpoint is an ordinary file.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:

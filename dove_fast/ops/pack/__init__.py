@@ -59,6 +59,7 @@ def unpack(values: Tensor, cu_seqlens: Tensor, length: int, *, backend: str | No
         raise ValueError("values must have shape (total, ...), got a tensor without dimensions")
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
+    _check_cu_seqlens(cu_seqlens, values.device)
     padded: Tensor = torch.ops.dove_fast.unpack(values, cu_seqlens, length, backend)
     return padded
 

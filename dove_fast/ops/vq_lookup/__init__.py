@@ -32,7 +32,7 @@ def vq_lookup(
     `BackendError` where the backend cannot run. Source: METHOD section 3, the grid goes through the codebook.
     """
     _check(x, codebook, codebook_sq)
-    codes, quantized = torch.ops.dove_fast.vq_lookup(x, codebook, codebook_sq, backend)
+    quantized, codes = torch.ops.dove_fast.vq_lookup(x, codebook, codebook_sq, backend)
     return codes, quantized
 
 
@@ -62,10 +62,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# quantized comes first here: opcheck adds the outputs up, in the first one's dtype.
 _LIBRARY = torch.library.Library("dove_fast", "FRAGMENT")
 _LIBRARY.define(
     "vq_lookup(Tensor x, Tensor codebook, Tensor? codebook_sq=None, str? backend=None)"
-    " -> (Tensor codes, Tensor quantized)"
+    " -> (Tensor quantized, Tensor codes)"
 )
 
 
@@ -73,7 +74,7 @@ def _vq_lookup(
     x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     codes, quantized = registry.implementation("vq_lookup", backend, x)(x, codebook, codebook_sq)
-    return codes, quantized
+    return quantized, codes
 
 
 _LIBRARY.impl("vq_lookup", _vq_lookup, "CompositeExplicitAutograd")
@@ -83,18 +84,18 @@ _LIBRARY.impl("vq_lookup", _vq_lookup, "CompositeExplicitAutograd")
 def _fake(
     x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, codebook, _, _ = inputs
-    codes, _ = output
+    _, codes = output
     ctx.mark_non_differentiable(codes)
     ctx.save_for_backward(codes)
     ctx.codebook_shape, ctx.codebook_dtype = codebook.shape, codebook.dtype
 
 
-def _backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (codes,) = ctx.saved_tensors
     grad_codebook = None
     if ctx.needs_input_grad[1]:

@@ -1,0 +1,139 @@
+"""Decoding an image file to 8-bit RGB, as people see it in a viewer."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dove_fast.data.formats import pillow_formats
+from dove_fast.errors import DoveError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["BACKGROUND", "DecodeError", "DecodedImage", "decode_image"]
+
+# Transparent pixels are shown on white, as most viewers and browsers do.
+BACKGROUND = (255, 255, 255)
+
+EXIF_ORIENTATION = 0x0112
+TIFF_BITS_PER_SAMPLE = 258
+TIFF_PHOTOMETRIC = 262
+TIFF_MIN_IS_WHITE = 0
+
+
+class DecodeError(DoveError):
+    """An input cannot be decoded; the message is the reason, in one line and without the path."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An RGB image of 8 bits a channel, turned upright, and its size before the transform."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+
+def decode_image(path: str | os.PathLike[str]) -> DecodedImage:
+    """Decode an image file's first frame to RGB, 8 bits a channel.
+
+    EXIF's orientation is applied (width and height are those of the upright image); grey, palette and CMYK become
+    RGB; transparent pixels are composited over `BACKGROUND`; 16 bits are scaled to 8, not clipped. Colour profiles
+    are not applied. Pillow's limits on size hold as the process has set them, and no state of Pillow is changed.
+
+    Raises `DecodeError` with the reason: no such file, truncated, corrupt, no image, too many pixels, samples
+    without a defined range.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # Opening a pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DecodeError("not a regular file")
+        with Image.open(path, formats=pillow_formats()) as image:
+            image.load()
+            upright = _upright(image, _orientation(image))
+            return DecodedImage(_to_rgb(upright, image), upright.width, upright.height)
+    except DecodeError:
+        raise
+    except FileNotFoundError:
+        raise DecodeError("the file does not exist") from None
+    except UnidentifiedImageError:
+        raise DecodeError("not an image in a known format, or damaged at its start") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError(f"too many pixels: {_one_line(error)}") from None
+    except MemoryError:
+        raise DecodeError("not enough memory to decode it") from None
+    except OSError as error:
+        raise DecodeError(error.strerror or _one_line(error)) from None
+    except Exception as error:
+        # Pillow's plugins raise nearly anything on damaged files: SyntaxError, struct.error, ZeroDivisionError, ..
+        raise DecodeError(f"damaged: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:
+        # Damaged EXIF data says nothing about the picture, which may well be whole.
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _to_rgb(image: Image.Image, original: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _wide_grey_to_rgb(image, original)
+    if image.mode == "F":
+        raise DecodeError("floating-point samples have no defined range")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def _wide_grey_to_rgb(image: Image.Image, original: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    grey = np.asarray(image).astype(np.int64)
+    limit = 65535
+    tags = getattr(original, "tag_v2", {})
+    if image.mode != "I" and tags:
+        limit = 2 ** int(tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]) - 1
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > limit:
+        raise DecodeError(f"grey values from {low} to {high} have no defined range, expected 0 to {limit}")
+    if image.mode != "I" and tags.get(TIFF_PHOTOMETRIC) == TIFF_MIN_IS_WHITE:
+        # Pillow inverts such images of 8 bits, not those of 16.
+        grey = limit - grey
+    transparent = image.info.get("transparency")
+    narrow = ((grey * 255 + limit // 2) // limit).astype(np.uint8)
+    rgb = np.repeat(narrow[:, :, None], 3, axis=2)
+    if isinstance(transparent, int):
+        rgb[grey == transparent] = BACKGROUND
+    return Image.fromarray(rgb)

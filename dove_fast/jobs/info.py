@@ -1,0 +1,133 @@
+"""Summaries of a token store and of a checkpoint directory, as data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dove_fast.config import DOVEConfig
+from dove_fast.errors import CheckpointError
+from dove_fast.store.reader import TokenStore
+
+__all__ = [
+    "CheckpointSummary",
+    "StoreSummary",
+    "is_checkpoint",
+    "length_histogram",
+    "summarize_checkpoint",
+    "summarize_store",
+]
+
+PERCENTILES = (5, 25, 50, 75, 95)
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class StoreSummary:
+    """A store in numbers: `lengths` int32 (images,) and what its manifest says."""
+
+    images: int
+    tokens: int
+    errors: int
+    lengths: np.ndarray
+    config: DOVEConfig
+    settings: dict[str, Any]
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens an image, NaN without images."""
+        return self.tokens / self.images if self.images else float("nan")
+
+    def percentiles(self) -> dict[int, int]:
+        """Return tokens at each of `PERCENTILES`, each a length that occurs; empty without images."""
+        if not self.images:
+            return {}
+        values = np.percentile(self.lengths, PERCENTILES, method="nearest")
+        return {percent: int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+
+
+def summarize_store(directory: str | os.PathLike[str]) -> StoreSummary:
+    """Read a store's manifest and the lengths in its records; raises what `TokenStore` raises."""
+    store = TokenStore(directory)
+    return StoreSummary(
+        images=len(store),
+        tokens=int(store.lengths.sum(dtype=np.int64)),
+        errors=store.manifest["totals"]["errors"],
+        lengths=store.lengths,
+        config=store.config,
+        settings=store.manifest["settings"],
+    )
+
+
+def length_histogram(lengths: np.ndarray, most: int, bins: int = 16) -> list[tuple[int, int, int]]:
+    """Count lengths from 1 to `most` in at most `bins` ranges of one width: (first, last, images) each."""
+    width = -(-most // bins)
+    counts = Counter(((lengths.astype(np.int64) - 1) // width).tolist())
+    return [
+        (index * width + 1, min((index + 1) * width, most), counts.get(index, 0)) for index in range(-(-most // width))
+    ]
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """A checkpoint's configuration, its weights by part, and the dtypes that they are kept in."""
+
+    config: DOVEConfig
+    parameters: dict[str, int]
+    dtypes: tuple[str, ...]
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Tell whether a directory looks like a checkpoint."""
+    return (directory / CONFIG_NAME).is_file()
+
+
+def summarize_checkpoint(directory: str | os.PathLike[str]) -> CheckpointSummary:
+    """Read a checkpoint's configuration and the headers of its weights, not the weights.
+
+    Raises `FileNotFoundError` for no such directory, `CheckpointError` for one that cannot be read.
+    """
+    path = Path(directory)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        config = DOVEConfig.from_json(path / CONFIG_NAME)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {CONFIG_NAME}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG_NAME}: {error}") from error
+    parameters: Counter[str] = Counter()
+    dtypes: set[str] = set()
+    for file_path in _weight_files(path):
+        try:
+            with safe_open(file_path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    tensor = file.get_slice(name)
+                    parameters[name.split(".")[0]] += int(np.prod(tensor.get_shape(), dtype=np.int64))
+                    dtypes.add(tensor.get_dtype())
+        except FileNotFoundError:
+            raise CheckpointError(f"{file_path} is missing") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file_path} is damaged: {error}") from error
+    return CheckpointSummary(config, dict(sorted(parameters.items())), tuple(sorted(dtypes)))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / f"{WEIGHTS_NAME}.index.json"
+    if (directory / WEIGHTS_NAME).is_file():
+        return [directory / WEIGHTS_NAME]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has neither {WEIGHTS_NAME} nor {index.name}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a valid index: {error!r}") from error
+    return [directory / name for name in sorted(names)]

@@ -1,0 +1,80 @@
+"""The model a job runs: from a checkpoint, or the untrained tiny preset, on its device and in its dtype."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dove_fast.config import DOVEConfig
+from dove_fast.errors import BackendError
+from dove_fast.models.dove import DOVE
+from dove_fast.store.layout import DTYPES
+
+__all__ = ["LoadedModel", "default_device", "load_model"]
+
+# The untrained model must be the same one in every run: a store made with it can then be decoded.
+UNTRAINED_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and the fingerprint it had before it was cast to another dtype."""
+
+    model: DOVE
+    fingerprint: str
+    trained: bool
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+) -> LoadedModel:
+    """Load a checkpoint directory; None builds the tiny preset with seeded weights, which is untrained.
+
+    `device` None is `default_device()`; `dtype` is a key of `DTYPES`, None keeps the checkpoint's.
+    Raises `FileNotFoundError` and `CheckpointError` as `DOVE.from_pretrained` does, `ValueError` for an unknown device
+    or dtype, `BackendError` for a device that is not here.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = _device(device)
+    model = _untrained() if checkpoint is None else DOVE.from_pretrained(checkpoint)
+    fingerprint = model.fingerprint()
+    if dtype is not None:
+        model = model.to(DTYPES[dtype])
+    return LoadedModel(model.to(target).eval(), fingerprint, trained=checkpoint is not None)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(name)!r}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(name)!r}")
+    count = torch.cuda.device_count()
+    index = 0 if device.index is None else device.index
+    if index >= count:
+        raise BackendError(f"device {name} is not here: torch sees {count} CUDA devices; use --device cpu")
+    # With its number, because tensors on it report one.
+    return torch.device("cuda", index)
+
+
+def _untrained() -> DOVE:
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPUs too.
+        torch.default_generator.manual_seed(UNTRAINED_SEED)
+        return DOVE(DOVEConfig.tiny()).eval()

@@ -1,0 +1,43 @@
+"""How jobs tell what happens: progress while they run, and the error of one that had to stop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dove_fast.errors import DoveError
+
+__all__ = ["JobError", "OnProgress", "Progress", "stopping"]
+
+
+class JobError(DoveError):
+    """A job stopped at a failure that was not the input's; what it had finished is intact."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: inputs done of `total`, and of those done by this run the images and their tokens."""
+
+    done: int
+    total: int
+    images: int
+    tokens: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@contextlib.contextmanager
+def stopping(remedy: str) -> Iterator[None]:
+    """Turn a failing disk, or too little memory, into `JobError`: one sentence that ends with `remedy`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise JobError(f"out of memory; a smaller batch needs less; {remedy}") from error
+    except OSError as error:
+        what = error.strerror or str(error)
+        where = f": {error.filename}" if error.filename else ""
+        raise JobError(f"{what}{where}; {remedy}") from error

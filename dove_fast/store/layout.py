@@ -1,0 +1,176 @@
+"""Format 1 of the token store on disk: names, the manifest, and the settings that decide its contents.
+
+    manifest.json              settings, environments, and, once complete, the shards with their counts
+    tokens/00000.safetensors   values (total, d); cu_seqlens int32 (n + 1,); keys uint8, key_offsets int64 (n + 1,)
+    records/00000.parquet      key, source, length, width, height, eos_probability, shard, row
+    errors.jsonl               one {"key", "source", "reason"} a line, when there are any
+
+Shard i holds what came of inputs i * shard_size to (i + 1) * shard_size - 1, in input order, and depends on nothing
+but these and the settings. Its records are written after its tokens, and carry its errors: their presence means that
+the unit is done. errors.jsonl and the manifest's shard list follow from the records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dove_fast.atomic import replacing
+from dove_fast.errors import StoreError
+
+__all__ = [
+    "DTYPES",
+    "ERRORS_NAME",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "METADATA_KEY",
+    "StoreSettings",
+    "hash_keys",
+    "read_manifest",
+    "records_path",
+    "settings_differences",
+    "settings_id",
+    "tokens_path",
+    "write_manifest",
+]
+
+FORMAT = "dove_fast token store"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+ERRORS_NAME = "errors.jsonl"
+# The one metadata entry of a safetensors shard and of a Parquet table; its value is JSON.
+METADATA_KEY = "dove_fast"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Everything that decides a store's contents. Versions, device and batch size are not among it.
+
+    `dtype` is a key of `DTYPES`; `inputs` counts the inputs, `inputs_sha256` is `hash_keys` of their keys in order.
+    """
+
+    config: dict[str, Any]
+    fingerprint: str
+    transform: dict[str, Any]
+    dtype: str
+    width: int
+    length: int | None
+    max_length: int | None
+    eos_threshold: float | None
+    queries_sha256: str | None
+    shard_size: int
+    inputs: int
+    inputs_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON's types."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @property
+    def units(self) -> int:
+        """The number of shards."""
+        return -(-self.inputs // self.shard_size)
+
+
+def tokens_path(directory: Path, index: int) -> Path:
+    """Return the safetensors file of shard `index`."""
+    return directory / "tokens" / f"{index:05d}.safetensors"
+
+
+def records_path(directory: Path, index: int) -> Path:
+    """Return the Parquet file of shard `index`."""
+    return directory / "records" / f"{index:05d}.parquet"
+
+
+def hash_keys(keys: Iterable[str]) -> str:
+    """Return the SHA-256, in hexadecimal, over keys in order."""
+    digest = hashlib.sha256()
+    for key in keys:
+        encoded = key.encode()
+        # The length in front: ["ab", "c"] and ["a", "bc"] differ.
+        digest.update(b"%d:" % len(encoded) + encoded)
+    return digest.hexdigest()
+
+
+def settings_id(settings: Mapping[str, Any]) -> str:
+    """Return a short name of the settings, which ties each shard to its store."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one "name: old, now new" for each setting that differs; names inside the config are dotted."""
+    before, after = _flat(old), _flat(new)
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name}: {before.get(name, 'absent')!r}, now {after.get(name, 'absent')!r}"
+        for name in names
+        if before.get(name, "absent") != after.get(name, "absent")
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest, by temporary file and rename; `content` is what follows the format's name and version."""
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+    with replacing(directory / MANIFEST_NAME) as file:
+        file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read and check a store's manifest.
+
+    Raises `FileNotFoundError` for no such directory; `StoreError` for one without a manifest, for a damaged manifest,
+    and for the format of a later version.
+    """
+    if not directory.exists():
+        raise FileNotFoundError(f"no token store at {directory}")
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{directory} is not a token store: it has no {MANIFEST_NAME}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StoreError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{path} is not the manifest of a token store")
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise StoreError(f"{path}: format_version must be a positive int, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format_version {version}, this version of dove_fast reads up to {FORMAT_VERSION}; "
+            "install a later version"
+        )
+    _check_shape(path, manifest)
+    return manifest
+
+
+def _check_shape(path: Path, manifest: dict[str, Any]) -> None:
+    for name, kind in (("settings", dict), ("environments", list), ("complete", bool)):
+        if not isinstance(manifest.get(name), kind):
+            raise StoreError(f"{path}: {name} must be a {kind.__name__}, got {manifest.get(name)!r}")
+    missing = [name for name in StoreSettings.__dataclass_fields__ if name not in manifest["settings"]]
+    if missing:
+        raise StoreError(f"{path}: settings lack {', '.join(missing)}")
+    if manifest["complete"] and not (
+        isinstance(manifest.get("shards"), list) and isinstance(manifest.get("totals"), dict)
+    ):
+        raise StoreError(f"{path}: a complete store must list its shards and totals")

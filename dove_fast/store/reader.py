@@ -1,0 +1,248 @@
+"""Reading a token store: memory-mapped shards, opened when they are needed."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import operator
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dove_fast.config import DOVEConfig
+from dove_fast.errors import StoreError
+from dove_fast.ragged import RaggedTokens
+from dove_fast.store.layout import DTYPES, METADATA_KEY, read_manifest, settings_id
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["TokenRecord", "TokenStore"]
+
+# Shards kept open: each costs a mapping and its records, not its tokens.
+MAX_OPEN_SHARDS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRecord:
+    """One image of a store.
+
+    `tokens` (length, d), a copy in the store's dtype; `key`; `source`, the file it came from; `width` and `height` of
+    the upright original in pixels; `eos_probability` at the last token.
+    """
+
+    key: str
+    tokens: Tensor
+    length: int
+    source: str
+    width: int
+    height: int
+    eos_probability: float
+
+
+class TokenStore:
+    """A token store, read memory-mapped; a map-style dataset for torch's `DataLoader`.
+
+    `manifest` is the content of manifest.json. Shards are opened when they are first needed; an instance may be used
+    from several threads, and in forked or spawned workers.
+    Raises `FileNotFoundError` for no such directory; `StoreError` for one that is no store, is not complete, is
+    damaged (there or when the damaged shard is first read), or was written by a later version.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Read the manifest."""
+        self.directory = Path(directory)
+        self.manifest: dict[str, Any] = read_manifest(self.directory)
+        if not self.manifest["complete"]:
+            raise StoreError(
+                f"{self.directory} is not complete: the job that writes it is still running or was stopped; "
+                "run the same dove-fast tokenize command again to finish it"
+            )
+        settings = self.manifest["settings"]
+        self._id = settings_id(settings)
+        self._shards: list[dict[str, Any]] = self.manifest["shards"]
+        try:
+            counts = [(int(shard["first"]), int(shard["records"]), int(shard["tokens"])) for shard in self._shards]
+            names = {shard[name] for shard in self._shards for name in ("tokens_file", "records_file")}
+            self._empty = torch.empty((0, int(settings["width"])), dtype=DTYPES[settings["dtype"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self.directory} has a damaged manifest: {error!r}") from error
+        self._firsts = [first for first, _, _ in counts]
+        self._size = sum(records for _, records, _ in counts)
+        starts = [0, *accumulate(records for _, records, _ in counts)]
+        if self._firsts != starts[:-1] or len(names) != 2 * len(counts):
+            raise StoreError(f"{self.directory} has a damaged manifest: its shards do not follow each other")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave mappings and lock behind: a worker opens its own."""
+        dropped = ("_open", "_lock", "_process", "lengths")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore without opening anything."""
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        """Return the directory and the counts."""
+        return f"TokenStore({str(self.directory)!r}, images={self._size}, tokens={self.manifest['totals']['tokens']})"
+
+    @cached_property
+    def config(self) -> DOVEConfig:
+        """The configuration of the model that made the tokens."""
+        return DOVEConfig.from_dict(self.manifest["settings"]["config"])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each image, int32 (len(self),), from the records."""
+        return self._column("length").astype(np.int32)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all images, in order, read from the records at each use."""
+        return list(self._column("key"))
+
+    def _column(self, name: str) -> np.ndarray:
+        from dove_fast.store.records import read_table
+
+        parts = []
+        for shard in self._shards:
+            path = self.directory / shard["records_file"]
+            column = read_table(path, [name]).column(name)
+            if len(column) != shard["records"]:
+                raise StoreError(f"{path} has {len(column)} records, the manifest says {shard['records']}")
+            parts.append(column.to_numpy())
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self._size
+
+    def __getitem__(self, index: int) -> TokenRecord:
+        """Return the record at `index`, counted from the end when negative.
+
+        Raises `IndexError` out of range, `TypeError` for anything but an integer: several images are `ragged(indices)`.
+        """
+        shard, row = self._locate(index)
+        return shard.record(row)
+
+    def __iter__(self) -> Iterator[TokenRecord]:
+        """Iterate over the records in order."""
+        return (self[index] for index in range(self._size))
+
+    def ragged(self, indices: Iterable[int]) -> RaggedTokens:
+        """Return the tokens of the images at `indices`, in that order, as `RaggedTokens` on the CPU.
+
+        Raises `IndexError` and `TypeError` as indexing does.
+        """
+        parts = []
+        for index in indices:
+            shard, row = self._locate(index)
+            parts.append(shard.tokens(row))
+        lengths = [part.shape[0] for part in parts]
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+        values = torch.cat(parts) if parts else self._empty.clone()
+        return RaggedTokens(values, cu_seqlens, max(lengths, default=0))
+
+    def _locate(self, index: int) -> tuple[_Shard, int]:
+        try:
+            wanted = operator.index(index)
+        except TypeError:
+            raise TypeError(
+                f"an index must be an integer, got {type(index).__name__}; use ragged(indices) for several images"
+            ) from None
+        position = wanted + self._size if wanted < 0 else wanted
+        if not 0 <= position < self._size:
+            raise IndexError(f"index {wanted} is out of range for a store of {self._size} images")
+        # The last shard that starts at or before the position: shards without records share their start with the next.
+        number = bisect.bisect_right(self._firsts, position) - 1
+        return self._shard(number), position - self._firsts[number]
+
+    def _shard(self, number: int) -> _Shard:
+        if self._process != os.getpid():
+            # Forked: the parent's lock may have been held at that moment.
+            self._forget()
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is None:
+                shard = self._open[number] = _Shard(self.directory, self._shards[number], number, self._id, self._empty)
+                if len(self._open) > MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return shard
+
+
+class _Shard:
+    """One open shard: a mapping of its values, its offsets, and its records once they are asked for."""
+
+    def __init__(self, directory: Path, entry: dict[str, Any], number: int, store: str, empty: Tensor) -> None:
+        self._path = directory / entry["tokens_file"]
+        self._records_path = directory / entry["records_file"]
+        self._table: pyarrow.Table | None = None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                # A view of the mapped file: rows are read from the disk when they are used.
+                self._values = file.get_tensor("values")
+                offsets = file.get_tensor("cu_seqlens")
+        except FileNotFoundError:
+            raise StoreError(f"{self._path} is missing") from None
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise StoreError(f"{self._path} is damaged: {error}") from error
+        self._offsets: list[int] = offsets.tolist()
+        if (metadata.get("store"), metadata.get("shard")) != (store, number):
+            raise StoreError(f"{self._path} belongs to another store or to another place in this one")
+        shape, expected = tuple(self._values.shape), (entry["tokens"], empty.shape[1])
+        if shape != expected or self._values.dtype != empty.dtype:
+            raise StoreError(
+                f"{self._path} holds {self._values.dtype} values {shape}, the manifest says {empty.dtype} {expected}"
+            )
+        if (
+            len(self._offsets) != entry["records"] + 1
+            or self._offsets[0] != 0
+            or self._offsets[-1] != shape[0]
+            or not bool((offsets[1:] >= offsets[:-1]).all())
+        ):
+            raise StoreError(f"{self._path} is damaged: cu_seqlens must run from 0 to {shape[0]} without falling")
+
+    def tokens(self, row: int) -> Tensor:
+        """Return a view (length, d) of the mapping."""
+        view: Tensor = self._values[self._offsets[row] : self._offsets[row + 1]]
+        return view
+
+    def record(self, row: int) -> TokenRecord:
+        """Return the record at `row`."""
+        table = self._records()
+        field = {name: table.column(name)[row].as_py() for name in ("key", "source", "width", "height")}
+        # A copy: writing into it must not change what the next reader of the mapping sees.
+        tokens = self.tokens(row).clone()
+        probability = table.column("eos_probability")[row].as_py()
+        return TokenRecord(tokens=tokens, length=tokens.shape[0], eos_probability=probability, **field)
+
+    def _records(self) -> pyarrow.Table:
+        if self._table is None:
+            from dove_fast.store.records import read_table
+
+            table = read_table(self._records_path)
+            lengths = np.diff(np.asarray(self._offsets))
+            if table.num_rows != len(lengths) or not np.array_equal(table.column("length").to_numpy(), lengths):
+                raise StoreError(f"{self._records_path} and {self._path} do not belong together: other lengths")
+            self._table = table
+        return self._table

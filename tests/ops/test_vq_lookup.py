@@ -1,0 +1,253 @@
+"""vq_lookup against every distance in fp64: random, planted duplicates, near ties, extreme sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dove_fast import ops
+from dove_fast.ops.vq_lookup import reference
+
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def distances(x: Tensor, codebook: Tensor) -> Tensor:
+    """All squared distances (n, K) in fp64, column after column: the same order for every pair."""
+    total = torch.zeros(x.shape[0], codebook.shape[0], dtype=torch.float64, device=x.device)
+    for column in range(x.shape[1]):
+        total += (x[:, column, None].double() - codebook[None, :, column].double()) ** 2
+    return total
+
+
+def assert_nearest(codes: Tensor, x: Tensor, codebook: Tensor) -> None:
+    """Each code is at the smallest distance, up to fp64 rounding, and the first of its identical codewords."""
+    every = distances(x, codebook)
+    chosen = every.gather(1, codes[:, None]).squeeze(1)
+    assert (chosen <= every.amin(1) * (1 + 1e-13)).all()
+    same = (codebook[codes][:, None] == codebook[None]).all(-1)
+    assert torch.equal(codes, same.int().argmax(1)), "an identical codeword has a lower index"
+
+
+def normal(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+@devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "words", "width"), [(50, 300, 64), (7, 1, 3), (1, 40, 1), (33, 17, 5)])
+def test_nearest(device, dtype, rows, words, width):
+    x, codebook = (
+        normal(rows, width, device=device, dtype=dtype),
+        normal(words, width, seed=1, device=device, dtype=dtype),
+    )
+    codes, quantized = ops.vq_lookup(x, codebook)
+    assert codes.dtype == torch.int64
+    assert quantized.dtype == dtype
+    assert_nearest(codes, x, codebook)
+    assert torch.equal(quantized, codebook[codes])
+
+
+def test_shapes_and_strides():
+    x, codebook = normal(2, 8, 3, 4), normal(20, 8, seed=1)
+    codes, quantized = ops.vq_lookup(x.permute(0, 2, 3, 1), codebook)
+    assert codes.shape == (2, 3, 4)
+    assert quantized.shape == (2, 3, 4, 8)
+    flat = x.permute(0, 2, 3, 1).reshape(-1, 8)
+    assert torch.equal(codes.flatten(), ops.vq_lookup(flat, codebook)[0])
+    code, word = ops.vq_lookup(flat[5], codebook)
+    assert code.shape == ()
+    assert code == codes.flatten()[5]
+    assert torch.equal(word, quantized.view(-1, 8)[5])
+    codes, quantized = ops.vq_lookup(x.new_empty(0, 7, 8), codebook)
+    assert codes.shape == (0, 7)
+    assert quantized.shape == (0, 7, 8)
+
+
+@devices
+def test_identical_codewords_give_the_lowest_index(device):
+    codebook = normal(30, 16, device=device).repeat(9, 1)[
+        torch.randperm(270, generator=torch.Generator().manual_seed(3))
+    ]
+    x = torch.cat([codebook, normal(200, 16, seed=4, device=device)])
+    codes, _ = ops.vq_lookup(x, codebook)
+    assert_nearest(codes, x, codebook)
+    assert codes.unique().numel() <= 30
+
+
+@devices
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_near_ties(device, shift):
+    """Codewords a few ulps apart, around one far from the origin: fp32 scores cannot tell them apart."""
+    base = normal(1, 64, device=device) + shift
+    codebook = base * (1 + 3e-7 * normal(500, 64, seed=1, device=device))
+    x = base * (1 + 3e-7 * normal(100, 64, seed=2, device=device))
+    codes, _ = ops.vq_lookup(x, codebook)
+    assert_nearest(codes, x, codebook)
+    by_score = (codebook.square().sum(1) / 2 - x @ codebook.T).argmin(1)
+    assert (by_score != codes).any(), "the test does not reach what it is for"
+
+
+@pytest.mark.parametrize("exponent", [-30, -24, -20, -12, 12, 18, 20, 30])
+@pytest.mark.parametrize("other", [-24, 0, 10, 24])
+def test_extreme_sizes(exponent, other):
+    """Squares and products that underflow or overflow in fp32."""
+    x, codebook = normal(20, 8) * 10.0**other, normal(50, 8, seed=1) * 10.0**exponent
+    assert_nearest(ops.vq_lookup(x, codebook)[0], x, codebook)
+
+
+def test_one_large_codeword_among_small_ones():
+    codebook = normal(100, 16) * 1e-3
+    codebook[57] = 1e6
+    x = normal(64, 16, seed=1) * 1e-3
+    assert_nearest(ops.vq_lookup(x, codebook)[0], x, codebook)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(0, 12), words=st.integers(1, 40), width=st.integers(1, 9))
+def test_on_a_grid(seed, rows, words, width):
+    """Small integers: distances are exact, and ties between different codewords are common."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (rows, width), generator=generator).float()
+    codebook = torch.randint(-2, 3, (words, width), generator=generator).float()
+    expected = distances(x, codebook)
+    lowest = (expected == expected.amin(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(ops.vq_lookup(x, codebook)[0], lowest)
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    x, codebook = normal(60, 8), normal(50, 8, seed=1).repeat(3, 1)
+    expected, _ = ops.vq_lookup(x, codebook)
+    for limit in (1, 300, 4000):
+        monkeypatch.setattr(reference, "MAX_ELEMENTS", limit)
+        assert torch.equal(ops.vq_lookup(x, codebook)[0], expected)
+
+
+def test_equal_codewords_stay_in_bounded_memory(monkeypatch):
+    """Every codeword is a candidate for every row: 2^18 pairs, worked through in pieces."""
+    largest = 0
+    distance = reference._distance
+
+    def watched(x: Tensor, c: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return distance(x, c)
+
+    monkeypatch.setattr(reference, "_distance", watched)
+    monkeypatch.setattr(reference, "MAX_ELEMENTS", 1 << 14)
+    codes, _ = ops.vq_lookup(normal(64, 32), torch.ones(4096, 32))
+    assert codes.eq(0).all()
+    assert 0 < largest <= 1 << 14
+
+
+def test_codebook_sq():
+    x, codebook = normal(40, 16), normal(100, 16, seed=1)
+    expected, _ = ops.vq_lookup(x, codebook)
+    for squares in (codebook.square().sum(1), codebook.double().square().sum(1)):
+        assert torch.equal(ops.vq_lookup(x, codebook, codebook_sq=squares)[0], expected)
+
+
+def test_nonfinite_rows_get_code_zero():
+    x, codebook = normal(5, 8), normal(30, 8, seed=1)
+    expected, _ = ops.vq_lookup(x, codebook)
+    x[1, 3], x[4, 0] = torch.nan, torch.inf
+    codes, _ = ops.vq_lookup(x, codebook)
+    assert codes[[1, 4]].tolist() == [0, 0]
+    assert torch.equal(codes[[0, 2, 3]], expected[[0, 2, 3]])
+    codebook[expected[0]] = torch.nan
+    assert_nearest(ops.vq_lookup(x[[0, 2]], codebook)[0], x[[0, 2]], codebook.nan_to_num(nan=1e30))
+
+
+@devices
+def test_low_precision_products_do_not_change_codes(device):
+    x, codebook = normal(300, 64, device=device), normal(500, 64, seed=1, device=device)
+    expected, _ = ops.vq_lookup(x, codebook)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(ops.vq_lookup(x, codebook)[0], expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(ops.vq_lookup(x, codebook)[0], expected)
+
+
+def test_error_bound_holds(monkeypatch):
+    """The scores' true errors, products rounded to bf16 included, stay within the bound that exactness rests on."""
+    for scale in (1e-3, 1.0, 1e3):
+        x, codebook = normal(100, 64) * scale, normal(200, 64, seed=1)
+        squares = codebook.square().sum(1)
+        true = codebook.double().square().sum(1) / 2 - x.double() @ codebook.double().T
+        error = (torch.addmm(squares / 2, x, codebook.T, alpha=-1).double() - true).abs().amax(1)
+        assert (error <= reference._score_error(x, squares)).all()
+        short = squares / 2 - x.bfloat16().float() @ codebook.bfloat16().float().T
+        error = (short.double() - true).abs().amax(1)
+        if scale >= 1:
+            assert (error > reference._score_error(x, squares)).any(), "the bound does not depend on the products"
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "_product_roundoff", lambda rows: 2.0**-8)
+            assert (error <= reference._score_error(x, squares)).all()
+
+
+def test_backward():
+    x, codebook = normal(6, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
+    codes, quantized = ops.vq_lookup(x, codebook)
+    assert not codes.requires_grad
+    weight = normal(6, 4, seed=2)
+    quantized.backward(weight)
+    assert torch.equal(x.grad, weight)
+    expected = torch.stack([weight[codes == k].sum(0) for k in range(3)])
+    assert torch.allclose(codebook.grad, expected, atol=1e-6)
+    _, quantized = ops.vq_lookup(x, codebook.detach())
+    (gradient,) = torch.autograd.grad((quantized**2).sum(), x)
+    assert torch.equal(gradient, 2 * quantized)
+    _, quantized = ops.vq_lookup(x.detach(), codebook.detach())
+    assert not quantized.requires_grad
+
+
+def test_backward_of_bf16_sums_in_fp32():
+    x = torch.ones(4096, 2, dtype=torch.bfloat16)
+    codebook = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    ops.vq_lookup(x, codebook)[1].sum().backward()
+    assert codebook.grad.dtype == torch.bfloat16
+    assert codebook.grad.tolist() == [[4096.0, 4096.0]], "sums in bf16 stop at 256"
+
+
+def test_mixed_dtypes():
+    x, codebook = normal(9, 4, dtype=torch.bfloat16), normal(12, 4, seed=1).requires_grad_()
+    codes, quantized = ops.vq_lookup(x, codebook)
+    assert_nearest(codes, x, codebook.detach())
+    assert quantized.dtype == torch.bfloat16
+    quantized.sum().backward()
+    assert codebook.grad.dtype == torch.float32
+
+
+def test_opcheck_and_compile():
+    x, codebook = normal(6, 4).requires_grad_(), normal(9, 4, seed=1).requires_grad_()
+    torch.library.opcheck(torch.ops.dove_fast.vq_lookup, (x, codebook, None, "reference"))
+    torch.library.opcheck(torch.ops.dove_fast.vq_lookup, (x, codebook.detach(), codebook.detach().square().sum(1)))
+    compiled = torch.compile(lambda a: ops.vq_lookup(a * 2, codebook)[1], backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), ops.vq_lookup(x * 2, codebook)[1])
+
+
+@pytest.mark.parametrize(
+    ("x", "codebook", "options", "error", "message"),
+    [
+        (torch.ones(2, 4, dtype=torch.int64), torch.ones(3, 4), {}, TypeError, "x must be float64, .*, got int64"),
+        (torch.ones(2, 4), torch.ones(3, 4).int(), {}, TypeError, "codebook must be float64, .*, got int32"),
+        ([1.0], torch.ones(3, 1), {}, TypeError, "x must be a tensor, got list"),
+        (torch.ones(2, 5), torch.ones(3, 4), {}, ValueError, r"x must have shape \(..., 4\) .*, got \(2, 5\)"),
+        (torch.tensor(1.0), torch.ones(3, 4), {}, ValueError, r"x must have shape \(..., 4\) .*, got \(\)"),
+        (torch.ones(2, 4), torch.ones(0, 4), {}, ValueError, r"with K at least 1, got \(0, 4\)"),
+        (torch.ones(2, 4), torch.ones(4), {}, ValueError, r"shape \(K, C\) with K at least 1, got \(4,\)"),
+        (torch.ones(2, 4), torch.ones(3, 4, device="meta"), {}, ValueError, "codebook must be on cpu like x, got meta"),
+        (torch.ones(2, 4), torch.ones(3, 4), {"codebook_sq": torch.ones(4)}, ValueError, r"shape \(3,\), got \(4,\)"),
+        (torch.ones(2, 4), torch.ones(3, 4), {"codebook_sq": torch.ones(3).half()}, TypeError, "got float16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments(x, codebook, options, error, message):
+    with pytest.raises(error, match=message):
+        ops.vq_lookup(x, codebook, **options)
