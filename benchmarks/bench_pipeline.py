@@ -1,0 +1,159 @@
+"""The oracle against diffusers + transformers, stage by stage, at the published sizes with random weights.
+
+    pytest benchmarks/bench_pipeline.py --benchmark-only --benchmark-json=figures.json
+
+The rival is what the original does and what a user would write: `VQModel` and `GPTNeoXModel` (sdpa, eager), one
+parallel pass over all 512 positions, cut at EOS. Results are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import VQModel
+from tolerances import assert_close
+from torch import Tensor
+from transformers import GPTNeoXModel
+from upstream import AMUSED_VQ, PYTHIA_70M, make_bidirectional, make_neox, make_vq
+
+from dove_fast import DOVE, DOVEConfig
+
+RIVAL = "diffusers + transformers"
+
+
+@dataclass
+class Sides:
+    """The same weights on both sides, and what each stage reads."""
+
+    ours: DOVE
+    vq: VQModel
+    generator: GPTNeoXModel
+    token_decoder: GPTNeoXModel
+    images: Tensor
+    features: Tensor
+    inputs: Tensor
+    padded: Tensor
+    grid: Tensor
+    quantized: Tensor
+
+    def rival_tokenize(self) -> list[Tensor]:
+        """Tokenize as a user of the two libraries would: everything in one pass, then cut."""
+        features = self.vq.encode(self.images).latents.flatten(2).transpose(1, 2)
+        inputs = torch.cat([self.ours.in_proj(features), self.inputs[:, features.shape[1] :]], dim=1)
+        states = self.generator(inputs_embeds=inputs).last_hidden_state[:, features.shape[1] :]
+        stops = self.ours.eos_head(states).squeeze(-1).sigmoid() > self.ours.config.eos_threshold
+        lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, stops.shape[1]).tolist()
+        return [row[:length] for row, length in zip(states, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def sides(device: torch.device, batch: int) -> Sides:
+    """Return both sides with one set of weights: ours are theirs, by the names' prefixes."""
+    with torch.no_grad():
+        vq = make_vq(0, **AMUSED_VQ).to(device)
+        generator = make_neox(1, **PYTHIA_70M).to(device)
+        decoder = make_bidirectional(make_neox(2, **PYTHIA_70M)).to(device)
+        torch.manual_seed(3)
+        ours = DOVE(DOVEConfig.base()).to(device).eval()
+        ours.vqgan.load_state_dict(vq.state_dict())
+        ours.generator.load_state_dict(generator.state_dict())
+        decoder_weights = decoder.state_dict()
+        del decoder_weights["embed_in.weight"]
+        ours.token_decoder.load_state_dict(decoder_weights)
+
+        contrast = torch.rand(batch, 1, 1, 1, device=device)
+        images = 0.5 + contrast * (torch.rand(batch, 3, 256, 256, device=device) - 0.5)
+        features = ours.encode(images)
+        captured: list[Tensor] = []
+        hook = ours.generator.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+        _, logits = ours.generate(features, [torch.empty(0, dtype=torch.int64)] * batch)
+        hook.remove()
+        # EOS at one step in a hundred: lengths are spread as a trained model's are.
+        ours.eos_head.bias.sub_(logits.quantile(0.99))
+        tokens = ours.tokenize(images)
+        padded, _ = tokens.to_padded(ours.config.num_tokens)
+        side = math.isqrt(ours.config.num_features)
+        grid = ours.out_proj(ours.token_decoder(padded)).transpose(1, 2).unflatten(2, (side, side))
+        quantized, _ = ours.vqgan.quantize(grid)
+    return Sides(ours, vq, generator, decoder, images, features, captured[0], padded, grid, quantized)
+
+
+@torch.no_grad()
+def bench_encoder(sides: Sides, compare) -> None:
+    """The VQGAN's encoder, 216 GFLOP an image."""
+
+    def rival() -> Tensor:
+        return sides.vq.encode(sides.images).latents
+
+    assert_close(sides.ours.vqgan.encode(sides.images), rival())
+    compare(lambda: sides.ours.vqgan.encode(sides.images), rival, rival_name=RIVAL, stage="encoder")
+
+
+@torch.no_grad()
+def bench_generator(sides: Sides, compare) -> None:
+    """The generator over all N + T positions."""
+
+    def rival() -> Tensor:
+        return sides.generator(inputs_embeds=sides.inputs).last_hidden_state
+
+    assert_close(sides.ours.generator(sides.inputs), rival())
+    compare(lambda: sides.ours.generator(sides.inputs), rival, rival_name=RIVAL, stage="generator")
+
+
+@torch.no_grad()
+def bench_token_decoder(sides: Sides, compare) -> None:
+    """The token decoder over T positions."""
+
+    def rival() -> Tensor:
+        return sides.token_decoder(inputs_embeds=sides.padded).last_hidden_state
+
+    assert_close(sides.ours.token_decoder(sides.padded), rival())
+    compare(lambda: sides.ours.token_decoder(sides.padded), rival, rival_name=RIVAL, stage="token decoder")
+
+
+@torch.no_grad()
+def bench_quantizer(sides: Sides, compare) -> None:
+    """The codebook search over N features an image; ours is the exact reference so far."""
+    _, codes = sides.ours.vqgan.quantize(sides.grid)
+    their_codes = sides.vq.quantize(sides.grid)[2][2]
+    rows = sides.grid.permute(0, 2, 3, 1).flatten(0, 2).double()
+    codebook = sides.vq.quantize.embedding.weight.double()
+    ours_distance = (rows - codebook[codes.flatten()]).square().sum(1)
+    their_distance = (rows - codebook[their_codes.flatten()]).square().sum(1)
+    assert (ours_distance <= their_distance).all()
+    compare(
+        lambda: sides.ours.vqgan.quantize(sides.grid),
+        lambda: sides.vq.quantize(sides.grid),
+        rival_name=RIVAL,
+        stage="quantizer",
+        codes_that_differ=int((codes.flatten() != their_codes.flatten()).sum()),
+    )
+
+
+@torch.no_grad()
+def bench_decoder(sides: Sides, compare) -> None:
+    """The VQGAN's decoder, 477 GFLOP an image."""
+
+    def rival() -> Tensor:
+        return sides.vq.decoder(sides.vq.post_quant_conv(sides.quantized))
+
+    assert_close(sides.ours.vqgan.decode(sides.quantized), rival())
+    compare(lambda: sides.ours.vqgan.decode(sides.quantized), rival, rival_name=RIVAL, stage="decoder")
+
+
+@torch.no_grad()
+def bench_tokenize(sides: Sides, compare) -> None:
+    """Images to tokens, whole."""
+    tokens, theirs = sides.ours.tokenize(sides.images), sides.rival_tokenize()
+    assert tokens.lengths.tolist() == [len(row) for row in theirs]
+    assert_close(tokens.values, torch.cat(theirs))
+    compare(
+        lambda: sides.ours.tokenize(sides.images),
+        sides.rival_tokenize,
+        rival_name=RIVAL,
+        stage="tokenize",
+        lengths=tokens.lengths.tolist(),
+    )
