@@ -34,6 +34,7 @@ named with their reason in OUTPUT/errors.jsonl."""
 
 RECONSTRUCT_EXAMPLES = """examples:
   dove-fast reconstruct store/ pictures/
+  dove-fast reconstruct store/ pictures/ --max-length 8   from the first 8 tokens of each image
   dove-fast reconstruct store/ pictures/ --checkpoint model/   the checkpoint that made the store"""
 
 INFO_EXAMPLES = """examples:
@@ -133,9 +134,7 @@ def _add_tokenize(commands: Commands) -> None:
     parser.add_argument("input", metavar="INPUT", help="an image, a folder of images, or a text file of paths")
     parser.add_argument("output", metavar="OUTPUT", help="the directory of the token store")
     _add_model_options(parser)
-    lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument("--length", type=int, metavar="N", help="exactly N tokens an image")
-    lengths.add_argument("--max-length", type=int, metavar="N", help="at most N tokens an image")
+    _add_length_options(parser, "")
     parser.add_argument(
         "--eos-threshold",
         type=float,
@@ -156,6 +155,7 @@ def _add_reconstruct(commands: Commands) -> None:
     parser.add_argument("store", metavar="STORE", help="the directory of a token store")
     parser.add_argument("output", metavar="OUT", help="the directory of the pictures")
     _add_model_options(parser)
+    _add_length_options(parser, "decode ")
     parser.set_defaults(run=_reconstruct, resume="the pictures that were written are whole, run the same command again")
 
 
@@ -180,6 +180,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images given to the model at a time (default: %(default)s)",
     )
+
+
+def _add_length_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument("--length", type=int, metavar="N", help=f"{verb}exactly N tokens an image")
+    lengths.add_argument("--max-length", type=int, metavar="N", help=f"{verb}at most N tokens an image")
 
 
 def _positive(text: str) -> int:
@@ -223,7 +229,15 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     store = TokenStore(arguments.store)
     loaded = _load(arguments)
     with progress_bar("reconstruct") as on_progress:
-        report = reconstruct(store, arguments.output, loaded, batch_size=arguments.batch_size, on_progress=on_progress)
+        report = reconstruct(
+            store,
+            arguments.output,
+            loaded,
+            length=arguments.length,
+            max_length=arguments.max_length,
+            batch_size=arguments.batch_size,
+            on_progress=on_progress,
+        )
     print(
         f"{arguments.output}: {report.images} pictures from {report.tokens} tokens in {report.seconds:.1f} s, "
         f"{report.images / report.seconds:.1f} images/s"

@@ -15,6 +15,8 @@ from dove_fast.atomic import replacing
 from dove_fast.errors import StoreError
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.outcome import OnProgress, Progress, stopping
+from dove_fast.models.inputs import check_length_options
+from dove_fast.ragged import RaggedTokens
 from dove_fast.store.reader import TokenStore
 
 __all__ = ["ReconstructReport", "picture_names", "reconstruct"]
@@ -37,19 +39,24 @@ def reconstruct(
     output: str | os.PathLike[str],
     loaded: LoadedModel,
     *,
+    length: int | None = None,
+    max_length: int | None = None,
     batch_size: int = 32,
     on_progress: OnProgress | None = None,
 ) -> ReconstructReport:
     """Decode every image of a store and write it as `output`/<key>.png, the key without its ending.
 
-    Values are clamped to [0, 1] and rounded to 8 bits; pictures that exist are replaced, each by temporary file and
-    rename. See `picture_names` for keys that would collide or leave `output`.
+    `length` decodes exactly the first so many tokens of each image, `max_length` at most so many: what fewer tokens
+    would have kept of it. Values are clamped to [0, 1] and rounded to 8 bits; pictures that exist are replaced, each
+    by temporary file and rename. See `picture_names` for keys that would collide or leave `output`.
 
-    Raises `StoreError` if the store was made with another checkpoint, `ValueError` if `output` is a file; then
+    Raises `StoreError` if the store was made with another checkpoint, `ValueError` if `output` is a file or an image
+    has fewer than `length` tokens, `TypeError` and `ValueError` for lengths as `DOVE.tokenize` does; then
     `JobError` when the disk or the memory fails.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_length_options(loaded.model.config, length, max_length, None, None)
     expected = store.manifest["settings"]["fingerprint"]
     if loaded.fingerprint != expected:
         raise StoreError(
@@ -59,6 +66,8 @@ def reconstruct(
     target = Path(output)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} exists and is not a directory; choose another output")
+    if length is not None and len(store) and store.lengths.min() < length:
+        raise ValueError(f"{store.directory} has images of {store.lengths.min()} tokens, too few for length={length}")
     names = picture_names(store.keys)
     start = time.perf_counter()
     tokens_done = 0
@@ -66,7 +75,7 @@ def reconstruct(
         target.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(store), batch_size):
             rows = range(first, min(first + batch_size, len(store)))
-            tokens = store.ragged(rows).to(loaded.model.device)
+            tokens = _first(store.ragged(rows), length or max_length).to(loaded.model.device)
             images = loaded.model.decode(tokens).float().clamp(0, 1)
             pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
             for row, picture in zip(rows, pixels, strict=True):
@@ -75,6 +84,14 @@ def reconstruct(
             if on_progress is not None:
                 on_progress(Progress(rows.stop, len(store), rows.stop, tokens_done))
     return ReconstructReport(len(store), tokens_done, time.perf_counter() - start)
+
+
+def _first(tokens: RaggedTokens, limit: int | None) -> RaggedTokens:
+    """Keep at most the first `limit` tokens of each row."""
+    if limit is None:
+        return tokens
+    padded, lengths = tokens.to_padded()
+    return RaggedTokens.from_padded(padded, lengths.clamp(max=limit))
 
 
 def _write_png(path: Path, pixels: torch.Tensor) -> None:

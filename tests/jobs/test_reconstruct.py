@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dove_fast import StoreError, TokenStore
+from dove_fast import RaggedTokens, StoreError, TokenStore
 from dove_fast.jobs import JobError, LoadedModel, TokenizeOptions, reconstruct, tokenize
 from dove_fast.jobs.reconstruct import picture_names
 
@@ -36,6 +36,33 @@ def test_pictures_are_the_models(tmp_path, store, loaded):
         picture = np.asarray(Image.open(tmp_path / "out" / (key.rsplit(".", 1)[0] + ".png")))
         assert picture.shape == (16, 16, 3)
         assert np.abs(picture - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("options", [{"max_length": 2}, {"length": 1}], ids=str)
+def test_fewer_tokens(tmp_path, store, loaded, options):
+    limit = next(iter(options.values()))
+    report = reconstruct(store, tmp_path / "out", loaded, **options)
+    assert report.tokens == store.lengths.clip(max=limit).sum()
+    assert report.tokens < store.lengths.sum()
+    index = int(store.lengths.argmax())
+    kept = RaggedTokens.from_padded(store[index].tokens[None, :limit], [limit])
+    expected = (loaded.model.decode(kept)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    picture = np.asarray(Image.open(tmp_path / "out" / (store[index].key.rsplit(".", 1)[0] + ".png")))
+    assert np.abs(picture - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 16}, "has images of 1 tokens, too few for length=16"),
+        ({"max_length": 17}, "max_length must be from 1 to 16"),
+        ({"length": 1, "max_length": 2}, "length or max_length, not both"),
+    ],
+)
+def test_lengths_that_cannot_be(tmp_path, store, loaded, options, message):
+    with pytest.raises(ValueError, match=message):
+        reconstruct(store, tmp_path / "out", loaded, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_run_replaces_the_pictures(tmp_path, store, loaded):
