@@ -28,7 +28,7 @@ def padded(batch: int, device: torch.device) -> torch.Tensor:
     return torch.randn(batch, STEPS, WIDTH, device=device)
 
 
-def test_pack(compare, padded, lengths, device):
+def bench_pack(compare, padded, lengths, device):
     """Padded to ragged."""
     mask = torch.arange(STEPS, device=device) < torch.tensor(lengths, device=device)[:, None]
 
@@ -39,7 +39,7 @@ def test_pack(compare, padded, lengths, device):
     compare(ours, lambda: padded[mask], rival_name="padded[mask]", entries=sum(lengths))
 
 
-def test_unpack(compare, padded, lengths):
+def bench_unpack(compare, padded, lengths):
     """Ragged to padded."""
     values, cu_seqlens = ops.pack(padded, lengths)
     longest = max(lengths)

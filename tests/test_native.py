@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -53,18 +54,31 @@ def test_one_openmp_runtime():
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1
 
 
+def find_cuobjdump() -> str | None:
+    """On PATH, or the one that Triton brings."""
+    path = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if path is None and spec is not None and spec.origin is not None:
+        path = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    return path
+
+
 def test_architectures_in_the_binary():
     if not dove_fast.build_info()["cuda"]:
         pytest.skip(dove_fast.build_info()["cuda_reason"])
-    cuobjdump = shutil.which("cuobjdump")
+    cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        pytest.skip("cuobjdump is not on PATH")
-    command = [cuobjdump, "--list-elf", "--list-ptx", native.load().__file__]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        pytest.skip("needs cuobjdump, on PATH or beside Triton")
+    binary = native.load().__file__
+    usage = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
+    listing = subprocess.run([cuobjdump, "--list-ptx", binary], capture_output=True, text=True, check=True)
     for arch in dove_fast.build_info()["cuda_archs"]:
-        number, kind = arch.split("-")
-        suffix = "cubin" if kind == "real" else "ptx"
-        assert re.search(rf"sm_{number.rstrip('a')}a?\.{suffix}", listing), f"{arch} is missing"
+        name, kind = arch.split("-")
+        assert (f"arch = sm_{name}\n" if kind == "real" else f".sm_{name}.ptx") in usage.stdout + listing.stdout
+    # No kernel keeps its registers in memory.
+    stacks = re.findall(r"REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", usage.stdout)
+    assert len(stacks) >= 3 * 2
+    assert set(stacks) == {("0", "0")}
 
 
 ADDRESSES = (0, 0, 0, 1, 1, 1, 16, 16, 16)

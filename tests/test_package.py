@@ -9,7 +9,7 @@ import sys
 
 import dove_fast
 
-LIBRARIES = ("PIL", "pyarrow", "rich", "triton", "diffusers", "transformers", "numpy.testing")
+LIBRARIES = ("PIL", "pyarrow", "rich", "triton", "diffusers", "transformers")
 
 
 def run_python(code: str) -> str:

@@ -1,0 +1,39 @@
+"""The README's Python, run as it stands but for the sizes and the paths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from upstream import PYTHIA_14M, SMALL_VQ, make_neox, make_vq, save
+
+from dove_fast import RaggedTokens
+from dove_fast.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_python_block(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert (
+        main(["tokenize", str(ROOT / "examples" / "photos"), str(tmp_path / "photos.tokens"), "--device", "cpu"]) == 0
+    )
+    save(make_vq(0, **SMALL_VQ), tmp_path / "vq")
+    save(make_neox(1, **PYTHIA_14M), tmp_path / "neox")
+    for written, run in {
+        "DOVEConfig.base()": "DOVEConfig.tiny()",
+        "path/to/VQModel": str(tmp_path / "vq"),
+        "path/to/GPTNeoX": str(tmp_path / "neox"),
+        "image_size=256": "image_size=64",
+        "256, 256": "64, 64",
+        '"photos.tokens"': repr(str(tmp_path / "photos.tokens")),
+    }.items():
+        assert written in block, f"the README no longer has {written}"
+        block = block.replace(written, run)
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert isinstance(names["tokens"], RaggedTokens)
+    assert isinstance(names["again"], torch.Tensor)
+    assert names["again"].shape == (8, 3, 64, 64)
+    assert names["store"][0].key == "astronaut.jpg"
