@@ -16,9 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_python_block(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert (
-        main(["tokenize", str(ROOT / "examples" / "photos"), str(tmp_path / "photos.tokens"), "--device", "cpu"]) == 0
-    )
+    photos, store = ROOT / "examples" / "photos", tmp_path / "photos.tokens"
+    assert main(["tokenize", str(photos), str(store), "--device", "cpu"]) == 0
     save(make_vq(0, **SMALL_VQ), tmp_path / "vq")
     save(make_neox(1, **PYTHIA_14M), tmp_path / "neox")
     for written, run in {
@@ -27,7 +26,7 @@ def test_python_block(tmp_path):
         "path/to/GPTNeoX": str(tmp_path / "neox"),
         "image_size=256": "image_size=64",
         "256, 256": "64, 64",
-        '"photos.tokens"': repr(str(tmp_path / "photos.tokens")),
+        '"photos.tokens"': repr(str(store)),
     }.items():
         assert written in block, f"the README no longer has {written}"
         block = block.replace(written, run)
