@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 __all__ = ["is_temporary", "make_directory", "remove_temporaries", "replacing", "sync_directory"]
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\.dove-[0-9a-f]{16}\.tmp")
 
 
 @contextlib.contextmanager
@@ -22,7 +22,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     If the block raises, `path` is left as it was and the temporary file is removed. Raises `OSError`.
     `durable=False` leaves it to the system when the bytes reach the disk, for files that are easily made again.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Not named after `path`, whose name may be as long as a name can be.
+    temporary = path.with_name(f".dove-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file

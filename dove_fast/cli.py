@@ -39,7 +39,8 @@ RECONSTRUCT_EXAMPLES = """examples:
 
 INFO_EXAMPLES = """examples:
   dove-fast info store/
-  dove-fast info model/"""
+  dove-fast info model/
+  dove-fast info                                        what was built, and which backends work"""
 
 EXIT_CODES = """exit codes: 0 done; 1 finished, but some inputs were set aside; 2 wrong use, a refused output, or
 nothing to do; 3 stopped by a failure, resumable; 130 interrupted, resumable"""
@@ -131,7 +132,9 @@ def _command(commands: Commands, name: str, summary: str, examples: str) -> argp
 
 def _add_tokenize(commands: Commands) -> None:
     parser = _command(commands, "tokenize", "turn images into a store of variable-length tokens", TOKENIZE_EXAMPLES)
-    parser.add_argument("input", metavar="INPUT", help="an image, a folder of images, or a text file of paths")
+    parser.add_argument(
+        "input", metavar="INPUT", help="an image, a folder of images, or a text file of paths, relative to its folder"
+    )
     parser.add_argument("output", metavar="OUTPUT", help="the directory of the token store")
     _add_model_options(parser)
     _add_length_options(parser, "")
@@ -142,12 +145,18 @@ def _add_tokenize(commands: Commands) -> None:
         help="the probability above which an image ends (default: the checkpoint's)",
     )
     parser.add_argument(
-        "--queries", metavar="FILE", help='JSON lines {"key": .., "text": ..} or {"key": .., "ids": [..]} (Q-DOVE)'
+        "--queries",
+        metavar="FILE",
+        help='JSON lines {"key": .., "ids": [..]} of token ids (Q-DOVE); texts need a later version',
     )
     parser.add_argument(
-        "--shard-size", type=_positive, default=4096, metavar="N", help="inputs a shard (default: %(default)s)"
+        "--shard-size",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="inputs a shard, what an interruption can cost (default: %(default)s)",
     )
-    parser.set_defaults(run=_tokenize, resume="what is done is kept, run the same command again to go on")
+    parser.set_defaults(run=_tokenize, resume="whole shards are kept, run the same command again to go on")
 
 
 def _add_reconstruct(commands: Commands) -> None:
@@ -156,12 +165,19 @@ def _add_reconstruct(commands: Commands) -> None:
     parser.add_argument("output", metavar="OUT", help="the directory of the pictures")
     _add_model_options(parser)
     _add_length_options(parser, "decode ")
-    parser.set_defaults(run=_reconstruct, resume="the pictures that were written are whole, run the same command again")
+    parser.set_defaults(
+        run=_reconstruct, resume="the pictures that were written are kept, run the same command again to go on"
+    )
 
 
 def _add_info(commands: Commands) -> None:
-    parser = _command(commands, "info", "describe a token store or a checkpoint", INFO_EXAMPLES)
-    parser.add_argument("path", metavar="STORE|CHECKPOINT", help="the directory of a token store or of a checkpoint")
+    parser = _command(commands, "info", "describe a token store, a checkpoint, or this installation", INFO_EXAMPLES)
+    parser.add_argument(
+        "path",
+        metavar="STORE|CHECKPOINT",
+        nargs="?",
+        help="the directory of a token store or of a checkpoint (default: describe this installation)",
+    )
     parser.set_defaults(run=_info, resume="nothing was changed")
 
 
@@ -261,11 +277,16 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
 def _info(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from dove_fast.jobs.display import show_checkpoint, show_store
+    from dove_fast.jobs.display import show_checkpoint, show_installation, show_store
     from dove_fast.jobs.info import is_checkpoint, summarize_checkpoint, summarize_store
 
-    path = Path(arguments.path)
     console = Console()
+    if arguments.path is None:
+        show_installation(console)
+        return EXIT_DONE
+    path = Path(arguments.path)
+    if not path.exists():
+        raise FileNotFoundError(f"no token store or checkpoint at {path}")
     if is_checkpoint(path):
         show_checkpoint(summarize_checkpoint(path), str(path), console)
     else:

@@ -11,7 +11,7 @@ from dove_fast.errors import BackendError
 
 __all__ = ["build_info", "load", "why_no_cuda", "why_no_native"]
 
-_REBUILD = "run `pip install --force-reinstall --no-deps dove-fast`, or `pip install -e .` in a source tree"
+_REBUILD = "run `pip install .`, or `pip install -e .`, in the source tree"
 
 
 @functools.cache

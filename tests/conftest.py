@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ def _define_torchvision_ops() -> None:
 # A Library removes its definitions when it is collected.
 _KEEP_ALIVE: list[torch.library.Library] = []
 _define_torchvision_ops()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def outside_the_source_tree(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Work elsewhere: `python -c` and `-m` look into the working directory first and would find the sources there."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

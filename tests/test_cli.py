@@ -20,7 +20,7 @@ from made_pictures import add_bad, make_pictures
 from PIL import Image
 from small_models import micro_model
 
-from dove_fast import TokenStore, __version__
+from dove_fast import BackendError, TokenStore, __version__, build_info
 from dove_fast.atomic import is_temporary
 from dove_fast.cli import main
 
@@ -83,7 +83,7 @@ def test_photographs_to_pictures_with_the_untrained_model(tmp_path, capsys):
     assert "short-side-bicubic-center-crop/1, 64 pixels" in out
 
     assert main(["reconstruct", store, str(pictures), "--device", "cpu"]) == 0
-    names = sorted(path.name for path in pictures.iterdir())
+    names = sorted(path.name for path in pictures.glob("*.png"))
     assert names == sorted(f"{Path(key).stem}.png" for key in opened.keys)
     for name in names:
         picture = np.asarray(Image.open(pictures / name))
@@ -162,7 +162,7 @@ def test_exit_2_for_other_settings_and_other_checkpoints(tmp_path, photos, dove_
     refused(dove_fast("reconstruct", tmp_path / "s", tmp_path / "p", "--checkpoint", other), "with another checkpoint")
     refused(dove_fast("reconstruct", photos, tmp_path / "p"), "is not a token store")
     refused(dove_fast("info", photos), "is not a token store")
-    refused(dove_fast("info", tmp_path / "nowhere"), "no token store at")
+    refused(dove_fast("info", tmp_path / "nowhere"), "no token store or checkpoint at")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_exit_2_for_other_settings_and_other_checkpoints(tmp_path, photos, dove_
         ["tokenize", "x", "y", "--length", "3", "--max-length", "3"],
         ["tokenize", "x", "y", "--batch-size", "0"],
         ["tokenize", "x", "y", "--dtype", "int8"],
-        ["reconstruct", "x", "y", "--length", "3"],
+        ["reconstruct", "x", "y", "--eos-threshold", "0.3"],
     ],
 )
 def test_exit_2_for_wrong_arguments(arguments, capsys):
@@ -212,7 +212,24 @@ def test_exit_3_with_the_trace_for_what_nobody_expected(tmp_path, photos, checkp
     assert main(["tokenize", str(photos), str(tmp_path / "s"), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 3
     err = capsys.readouterr().err
     assert "ZeroDivisionError" in err
-    assert "stopped by an unexpected error; what is done is kept" in err
+    assert "stopped by an unexpected error; whole shards are kept" in err
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), BackendError("no backend")], ids=repr)
+def test_exit_3_for_wrong_use_that_the_user_did_not_make(tmp_path, photos, checkpoint, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("dove_fast.DOVE.tokenize", fail)
+    assert main(["tokenize", str(photos), str(tmp_path / "s"), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 3
+    assert f"{type(error).__name__} in the middle of the job: {error}" in capsys.readouterr().err
+
+
+def test_info_of_this_installation(dove_fast):
+    code, out, err = dove_fast("info")
+    assert (code, err) == (0, "")
+    assert build_info()["compiler"] in out
+    assert "pack runs on" in out
 
 
 def test_info_of_a_checkpoint(checkpoint, dove_fast):
@@ -285,7 +302,7 @@ def test_a_signal_in_the_middle_and_the_same_command_again(tmp_path, many, check
         process.kill()
     assert process.returncode == code
     if code == 130:
-        assert err == "dove-fast: interrupted; what is done is kept, run the same command again to go on\n"
+        assert err == "dove-fast: interrupted; whole shards are kept, run the same command again to go on\n"
         assert not [name for name in contents(output) if is_temporary(Path(name).name)]
     assert json.loads((output / "manifest.json").read_text())["complete"] is False
     assert 4 <= len(list((output / "records").glob("*.parquet"))) < MANY // 2

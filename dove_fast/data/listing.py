@@ -41,7 +41,7 @@ def list_inputs(source: str | os.PathLike[str]) -> list[ImageInput]:
     An image file: itself, its key is its name. A folder: every file below it with a known ending, without the hidden
     ones, sorted by key; keys are POSIX paths relative to the folder. Links are followed, but not back into a folder
     that holds them. Anything else is a text file with one path a line, relative to the text file's folder; blank lines
-    and those that start with # are skipped, the order is kept, and keys are the paths as written, in POSIX form.
+    and those that start with # are skipped, the order is kept, and keys are POSIX paths relative to that folder.
 
     Raises `FileNotFoundError` for no such path; `ValueError` if it is none of these, if nothing is found, or if two
     inputs have the same key; `OSError` for a folder that cannot be read.
@@ -114,7 +114,10 @@ def _read_list(path: str) -> list[ImageInput]:
     for line in content.decode("utf-8-sig", "surrogateescape").split("\n"):
         name = line.strip()
         if name and not name.startswith("#"):
-            inputs.append(ImageInput(printable(PurePath(name).as_posix()), os.path.join(folder, name)))
+            file = os.path.join(folder, name)
+            # One key a file, however the list spells its path.
+            key = PurePath(os.path.relpath(file, folder or os.curdir)).as_posix()
+            inputs.append(ImageInput(printable(key), file))
     return inputs
 
 

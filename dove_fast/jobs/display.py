@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["progress_bar", "show_checkpoint", "show_store"]
+__all__ = ["progress_bar", "show_checkpoint", "show_installation", "show_store"]
 
 BAR_WIDTH = 40
 
@@ -93,12 +93,23 @@ def show_checkpoint(summary: CheckpointSummary, name: str, console: Console) -> 
     for setting, value in _flat(summary.config.to_dict()):
         _row(table, setting, str(value))
     console.print(table)
-    weights = _table("Weights")
+    weights = _table(f"Parameters, {', '.join(summary.dtypes)}")
     for part, count in summary.parameters.items():
         _row(weights, part, f"{count:,}")
     _row(weights, "all", f"{sum(summary.parameters.values()):,}")
-    _row(weights, "dtype", ", ".join(summary.dtypes))
     console.print(weights)
+
+
+def show_installation(console: Console) -> None:
+    """Print what the native module was built with, and the backends of each op that work here."""
+    from dove_fast import available_backends, build_info
+
+    table = _table("dove_fast")
+    for name, value in build_info().items():
+        _row(table, name, ", ".join(value) if isinstance(value, list) else str(value))
+    for op, backends in available_backends().items():
+        _row(table, f"{op} runs on", ", ".join(backends))
+    console.print(table)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from dove_fast.config import DOVEConfig
 from dove_fast.errors import CheckpointError
+from dove_fast.models.checkpoint import CONFIG_NAME, read_config, weight_files
 from dove_fast.store.reader import TokenStore
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
 ]
 
 PERCENTILES = (5, 25, 50, 75, 95)
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,39 +93,16 @@ def summarize_checkpoint(directory: str | os.PathLike[str]) -> CheckpointSummary
 
     Raises `FileNotFoundError` for no such directory, `CheckpointError` for one that cannot be read.
     """
-    path = Path(directory)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        config = DOVEConfig.from_json(path / CONFIG_NAME)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {CONFIG_NAME}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / CONFIG_NAME}: {error}") from error
+    config = read_config(directory)
     parameters: Counter[str] = Counter()
     dtypes: set[str] = set()
-    for file_path in _weight_files(path):
+    for file_path in weight_files(directory):
         try:
             with safe_open(file_path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     tensor = file.get_slice(name)
                     parameters[name.split(".")[0]] += int(np.prod(tensor.get_shape(), dtype=np.int64))
                     dtypes.add(tensor.get_dtype())
-        except FileNotFoundError:
-            raise CheckpointError(f"{file_path} is missing") from None
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file_path} is damaged: {error}") from error
+            raise CheckpointError(f"{file_path} is truncated or not a safetensors file: {error}") from error
     return CheckpointSummary(config, dict(sorted(parameters.items())), tuple(sorted(dtypes)))
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / f"{WEIGHTS_NAME}.index.json"
-    if (directory / WEIGHTS_NAME).is_file():
-        return [directory / WEIGHTS_NAME]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has neither {WEIGHTS_NAME} nor {index.name}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a valid index: {error!r}") from error
-    return [directory / name for name in sorted(names)]

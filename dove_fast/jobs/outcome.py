@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dove_fast.errors import DoveError
+from dove_fast.errors import BackendError, DoveError
 
 __all__ = ["JobError", "OnProgress", "Progress", "stopping"]
 
@@ -32,7 +32,10 @@ OnProgress = Callable[[Progress], None]
 
 @contextlib.contextmanager
 def stopping(remedy: str) -> Iterator[None]:
-    """Turn a failing disk, or too little memory, into `JobError`: one sentence that ends with `remedy`."""
+    """Turn a failing disk, or too little memory, into `JobError`: one sentence that ends with `remedy`.
+
+    Anything that says "wrong use" in the middle of a job becomes a `RuntimeError`.
+    """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -41,3 +44,6 @@ def stopping(remedy: str) -> Iterator[None]:
         what = error.strerror or str(error)
         where = f": {error.filename}" if error.filename else ""
         raise JobError(f"{what}{where}; {remedy}") from error
+    except (TypeError, ValueError, BackendError) as error:
+        # What the user gave was checked before: this is no wrong use, and its trace is worth having.
+        raise RuntimeError(f"{type(error).__name__} in the middle of the job: {error}") from error

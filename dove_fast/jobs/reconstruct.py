@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
-from dove_fast.atomic import replacing
+from dove_fast.atomic import is_temporary, remove_temporaries, replacing
 from dove_fast.errors import StoreError
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.outcome import OnProgress, Progress, stopping
 from dove_fast.models.inputs import check_length_options
 from dove_fast.ragged import RaggedTokens
+from dove_fast.store.layout import settings_id
 from dove_fast.store.reader import TokenStore
 
 __all__ = ["ReconstructReport", "picture_names", "reconstruct"]
 
 # What stands for ".." in the name of a picture, so that every picture lies below the output.
 PARENT = "_"
+# Says what the pictures beside it were made from, so that nobody's other files are taken for pictures.
+NOTICE_NAME = ".dove-fast.json"
 
 
 @dataclass(frozen=True)
 class ReconstructReport:
-    """How many pictures were written, from how many tokens, in how many seconds."""
+    """How many pictures this run wrote, from how many tokens, in how many seconds."""
 
     images: int
     tokens: int
@@ -47,11 +52,14 @@ def reconstruct(
     """Decode every image of a store and write it as `output`/<key>.png, the key without its ending.
 
     `length` decodes exactly the first so many tokens of each image, `max_length` at most so many: what fewer tokens
-    would have kept of it. Values are clamped to [0, 1] and rounded to 8 bits; pictures that exist are replaced, each
-    by temporary file and rename. See `picture_names` for keys that would collide or leave `output`.
+    would have kept of it. Values are clamped to [0, 1] and rounded to 8 bits; each picture
+    appears by temporary file and rename. See `picture_names` for keys that would collide or leave `output`.
 
-    Raises `StoreError` if the store was made with another checkpoint, `ValueError` if `output` is a file or an image
-    has fewer than `length` tokens, `TypeError` and `ValueError` for lengths as `DOVE.tokenize` does; then
+    A run that was stopped goes on where it was: pictures that are there stay. `output` must be empty or hold an earlier
+    run's pictures of the same store and options.
+
+    Raises `StoreError` if the store was made with another checkpoint; `ValueError` if `output` holds anything else or
+    if an image has fewer than `length` tokens; `TypeError` and `ValueError` for lengths as `DOVE.tokenize` does; then
     `JobError` when the disk or the memory fails.
     """
     if batch_size < 1:
@@ -61,7 +69,7 @@ def reconstruct(
     if loaded.fingerprint != expected:
         raise StoreError(
             f"{store.directory} was made with another checkpoint: its fingerprint is {expected}, "
-            f"this checkpoint's is {loaded.fingerprint}"
+            f"this checkpoint's is {loaded.fingerprint}; give the one that made it"
         )
     target = Path(output)
     if target.exists() and not target.is_dir():
@@ -69,21 +77,45 @@ def reconstruct(
     if length is not None and len(store) and store.lengths.min() < length:
         raise ValueError(f"{store.directory} has images of {store.lengths.min()} tokens, too few for length={length}")
     names = picture_names(store.keys)
+    notice = {"pictures_of": settings_id(store.manifest["settings"]), "length": length, "max_length": max_length}
+    _check_output(target, notice)
     start = time.perf_counter()
-    tokens_done = 0
-    with stopping("run the same command again"):
+    images_done = tokens_done = 0
+    with stopping("run the same command again to go on"):
         target.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(target)
+        with replacing(target / NOTICE_NAME) as file:
+            file.write(json.dumps(notice).encode() + b"\n")
         for first in range(0, len(store), batch_size):
             rows = range(first, min(first + batch_size, len(store)))
+            if all(_is_there(target / names[row]) for row in rows):
+                continue
             tokens = _first(store.ragged(rows), length or max_length).to(loaded.model.device)
             images = loaded.model.decode(tokens).float().clamp(0, 1)
             pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
             for row, picture in zip(rows, pixels, strict=True):
                 _write_png(target / names[row], picture)
+            images_done += len(rows)
             tokens_done += tokens.values.shape[0]
             if on_progress is not None:
-                on_progress(Progress(rows.stop, len(store), rows.stop, tokens_done))
-    return ReconstructReport(len(store), tokens_done, time.perf_counter() - start)
+                on_progress(Progress(rows.stop, len(store), images_done, tokens_done))
+    return ReconstructReport(images_done, tokens_done, time.perf_counter() - start)
+
+
+def _check_output(target: Path, notice: dict[str, Any]) -> None:
+    """Raise `ValueError` unless `target` is absent, empty, or an earlier run's output with the same notice."""
+    try:
+        names = [name for name in os.listdir(target) if not is_temporary(name)]
+    except FileNotFoundError:
+        return
+    if not names:
+        return
+    try:
+        earlier = json.loads((target / NOTICE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{target} is not empty and holds no pictures of a store; choose another output") from None
+    if earlier != notice:
+        raise ValueError(f"{target} holds pictures of another store or of other lengths; choose another output")
 
 
 def _first(tokens: RaggedTokens, limit: int | None) -> RaggedTokens:
@@ -92,6 +124,11 @@ def _first(tokens: RaggedTokens, limit: int | None) -> RaggedTokens:
         return tokens
     padded, lengths = tokens.to_padded()
     return RaggedTokens.from_padded(padded, lengths.clamp(max=limit))
+
+
+def _is_there(path: Path) -> bool:
+    # Pictures are not synced: after a power failure one may be there without its bytes.
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _write_png(path: Path, pixels: torch.Tensor) -> None:

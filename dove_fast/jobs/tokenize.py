@@ -35,7 +35,8 @@ RESUME = "run the same command again to go on"
 class TokenizeOptions:
     """Options of `tokenize`; `length`, `max_length` and `eos_threshold` are those of `DOVE.tokenize`.
 
-    `batch_size`: images given to the model at a time. `shard_size`: inputs a shard, fixed for a store.
+    `batch_size`: images given to the model at a time. `shard_size`: inputs a shard, fixed for a store; a run that
+    was stopped goes on behind the last whole shard.
     `workers`: threads that decode, None for one a core and at most `MAX_DEFAULT_WORKERS`.
     """
 
@@ -43,7 +44,7 @@ class TokenizeOptions:
     max_length: int | None = None
     eos_threshold: float | None = None
     batch_size: int = 32
-    shard_size: int = 4096
+    shard_size: int = 1024
     workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -23,7 +23,16 @@ from dove_fast.config import DOVEConfig, GPTNeoXConfig, VQGANConfig
 from dove_fast.errors import CheckpointError
 from dove_fast.models import foreign
 
-__all__ = ["Components", "assign", "read_components", "read_dove", "write_dove"]
+__all__ = [
+    "CONFIG_NAME",
+    "Components",
+    "assign",
+    "read_components",
+    "read_config",
+    "read_dove",
+    "weight_files",
+    "write_dove",
+]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -52,12 +61,7 @@ def read_dove(directory: str | os.PathLike[str]) -> tuple[DOVEConfig, dict[str, 
 
     Raises `FileNotFoundError` for no such directory, `CheckpointError` for one that is not a DOVE checkpoint.
     """
-    data = _read_config(directory)
-    try:
-        config = DOVEConfig.from_dict(data)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{Path(directory, CONFIG_NAME)}: {error}") from error
-    return config, _read_tensors(directory, WEIGHTS_NAME)
+    return read_config(directory), _read_tensors(directory, WEIGHTS_NAME)
 
 
 def read_components(
@@ -73,7 +77,7 @@ def read_components(
     vqgan_data = _read_config(vqgan)
     vqgan_config = _converted(foreign.vqgan_config, vqgan_data, vqgan)
     if image_range is None:
-        image_range = tuple(vqgan_data.get("image_range", (0.0, 1.0)))
+        image_range = _converted(foreign.image_range, vqgan_data, vqgan)
     generator_config = _converted(foreign.gpt_neox_config, _read_config(generator), generator)
     generator_tensors = foreign.gpt_neox_tensors(_read_tensors(generator, WEIGHTS_NAME))
     if token_decoder is None:
@@ -159,6 +163,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_config(directory: str | os.PathLike[str]) -> DOVEConfig:
+    """Read a DOVE checkpoint's configuration. Raises `FileNotFoundError` or `CheckpointError` as `read_dove` does."""
+    config: DOVEConfig = _converted(DOVEConfig.from_dict, _read_config(directory), directory)
+    return config
+
+
 def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory)
     if not path.exists():
@@ -168,14 +178,17 @@ def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_json(path / CONFIG_NAME)
 
 
-def _read_tensors(directory: str | os.PathLike[str], weights_name: str) -> dict[str, Tensor]:
-    """Read `weights_name`, or the shards that `weights_name`.index.json lists."""
+def weight_files(directory: str | os.PathLike[str], weights_name: str = WEIGHTS_NAME) -> list[Path]:
+    """Return a checkpoint's safetensors files: `weights_name`, or the shards that `weights_name`.index.json lists.
+
+    Raises `CheckpointError` if there are none, for weights in a pickle, and for an index that cannot be followed.
+    """
     path = Path(directory)
-    index = path / f"{weights_name}.index.json"
     if (path / weights_name).is_file():
-        return _read_file(path / weights_name)
+        return [path / weights_name]
+    index = path / f"{weights_name}.index.json"
     if index.is_file():
-        return _read_shards(index)
+        return [path / name for name in sorted(set(_read_weight_map(index).values()))]
     pickles = sorted(item.name for item in path.iterdir() if item.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
@@ -185,21 +198,22 @@ def _read_tensors(directory: str | os.PathLike[str], weights_name: str) -> dict[
     raise CheckpointError(f"{path} has neither {weights_name} nor {index.name}")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} must have a weight_map from tensor to file name")
-    tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is outside its own directory")
-        shard = index.parent / name
-        if not shard.is_file():
+        if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which does not exist")
-        tensors.update(_read_file(shard))
-    absent = sorted(set(weight_map) - set(tensors))
-    if absent:
-        raise CheckpointError(f"{index}: the shards lack {'; '.join(_listed('tensors', absent))}")
+    return weight_map
+
+
+def _read_tensors(directory: str | os.PathLike[str], weights_name: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(directory, weights_name):
+        tensors.update(_read_file(file))
     return tensors
 
 

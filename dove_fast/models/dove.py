@@ -27,6 +27,7 @@ from dove_fast.models.inputs import (
     check_queries,
     nonfinite_rows,
     raise_if_nonfinite,
+    raise_if_nonfinite_tokens,
 )
 from dove_fast.models.lengths import eos_lengths
 from dove_fast.models.vqgan import VQGAN
@@ -185,7 +186,7 @@ class DOVE(nn.Module):
         starts = [self.config.num_features + query.numel() for query in queries]
         states = torch.stack(
             [row[start : start + self.config.num_tokens] for row, start in zip(hidden, starts, strict=True)]
-        )
+        ).to(self.dtype)
         return states, self._eos_logits(states)
 
     def _embed(self, query: Tensor) -> list[Tensor]:
@@ -196,7 +197,8 @@ class DOVE(nn.Module):
     def _eos_logits(self, states: Tensor) -> Tensor:
         # In fp32 at least: the decision is made on the fp32 logit.
         wide = torch.promote_types(states.dtype, torch.float32)
-        logits = F.linear(states.to(wide), self.eos_head.weight.to(wide), self.eos_head.bias.to(wide))
+        with torch.autocast(states.device.type, enabled=False):
+            logits = F.linear(states.to(wide), self.eos_head.weight.to(wide), self.eos_head.bias.to(wide))
         return logits.squeeze(-1).float()
 
     def decode_padded(self, padded: Tensor, lengths: Tensor) -> Tensor:
@@ -280,14 +282,15 @@ class DOVE(nn.Module):
         check_images(images, self.config, self.device)
         check_length_options(self.config, length, max_length, eos_threshold, block_size)
         query_ids = check_queries(queries, images.shape[0], self.config)
-        nonfinite = nonfinite_rows(images)
+        row_ranges = self._chunks(images.shape[0])
+        nonfinite = [nonfinite_rows(images[rows]) for rows in row_ranges]
         if images.device.type == "cpu":
-            raise_if_nonfinite(nonfinite.tolist())
+            raise_if_nonfinite(nonfinite)
 
         chunks: list[RaggedTokens] = []
         probabilities: list[Tensor] = []
         positions = 0
-        for rows in self._chunks(images.shape[0]):
+        for rows, flags in zip(row_ranges, nonfinite, strict=True):
             states, eos_logits = self.generate(self.encode(images[rows]), query_ids[rows])
             if length is not None:
                 lengths = torch.full((states.shape[0],), length, device=states.device)
@@ -295,8 +298,9 @@ class DOVE(nn.Module):
                 lengths = eos_lengths(eos_logits, self.config.eos_threshold if eos_threshold is None else eos_threshold)
                 lengths = lengths.clamp(max=max_length or self.config.num_tokens)
             # The one read a chunk: the lengths shape the result, and the flags ride along.
-            host_lengths, flags = torch.stack([lengths, nonfinite[rows].to(lengths.dtype)]).tolist()
-            raise_if_nonfinite(flags, first_row=rows.start)
+            host_lengths, host_flags = torch.stack([lengths, flags.to(lengths.dtype)]).tolist()
+            if any(host_flags):
+                raise_if_nonfinite(nonfinite)
             chunks.append(RaggedTokens.from_padded(states, host_lengths))
             last = eos_logits.gather(1, lengths[:, None] - 1).squeeze(1)
             probabilities.append(last.sigmoid())
@@ -319,14 +323,20 @@ class DOVE(nn.Module):
 
         Every image has 1 to T tokens of width d, on the model's device; another floating dtype is cast.
         Runs without gradients, in chunks of bounded memory; `decode_padded` is the differentiable form.
-        Raises `TypeError` or `ValueError` that says what came. Source: METHOD section 3.
+        Raises `TypeError` or `ValueError` that says what came, for NaN or infinity the rows. Source: METHOD section 3.
         """
         self._check_tokens(tokens)
+        nonfinite = ~torch.isfinite(tokens.values).all(dim=1)
+        if nonfinite.device.type == "cpu":
+            raise_if_nonfinite_tokens(nonfinite, tokens.cu_seqlens)
         size = self.config.image_size
         images = torch.empty((len(tokens), 3, size, size), device=self.device, dtype=self.dtype)
         for rows in self._chunks(len(tokens)):
             padded, lengths = tokens[rows].to(self.dtype).to_padded(self.config.num_tokens)
             images[rows] = self.decode_padded(padded, lengths)
+        # On a GPU the one read, at the end.
+        if nonfinite.device.type != "cpu":
+            raise_if_nonfinite_tokens(nonfinite, tokens.cu_seqlens)
         return images
 
     def reconstruct(

@@ -18,6 +18,7 @@ __all__ = [
     "EMBEDDING_KEY",
     "gpt_neox_config",
     "gpt_neox_tensors",
+    "image_range",
     "vqgan_config",
     "vqgan_tensors",
     "without_embedding",
@@ -86,6 +87,21 @@ def vqgan_config(data: Mapping[str, Any]) -> VQGANConfig:
     return VQGANConfig(**values, vq_embed_dim=values["latent_channels"] if vq_embed_dim is None else vq_embed_dim)
 
 
+def image_range(data: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the pixel range that a `VQModel` configuration says it was trained on, or [0, 1].
+
+    Raises `ValueError` for anything but an increasing pair of numbers.
+    """
+    value = data.get("image_range", (0.0, 1.0))
+    try:
+        low, high = (float(bound) for bound in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"image_range must be a pair of numbers, got {value!r}") from None
+    if not low < high:
+        raise ValueError(f"image_range must be increasing, got {value!r}")
+    return low, high
+
+
 def vqgan_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a `VQModel`'s tensors under their present names."""
     return {_OLD_ATTENTION_KEY.sub(_present_name, name): tensor for name, tensor in tensors.items()}
@@ -102,6 +118,8 @@ def gpt_neox_config(data: Mapping[str, Any]) -> GPTNeoXConfig:
     """
     _refuse_unsupported(data, NEOX_REQUIRED)
     rope = data.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
     _refuse_unsupported(rope, {"rope_type": ("default",)})
     values = {
         "rotary_pct": rope.get("partial_rotary_factor", data.get("rotary_pct", 0.25)),

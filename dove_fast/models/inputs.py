@@ -9,7 +9,16 @@ from torch import Tensor
 
 from dove_fast.config import DOVEConfig
 
-__all__ = ["Query", "check_images", "check_length_options", "check_queries", "nonfinite_rows", "raise_if_nonfinite"]
+__all__ = [
+    "Query",
+    "check_device",
+    "check_images",
+    "check_length_options",
+    "check_queries",
+    "nonfinite_rows",
+    "raise_if_nonfinite",
+    "raise_if_nonfinite_tokens",
+]
 
 Query = Tensor | str | None
 
@@ -44,11 +53,22 @@ def nonfinite_rows(images: Tensor) -> Tensor:
     return ~torch.isfinite(images).flatten(1).all(dim=1)
 
 
-def raise_if_nonfinite(flags: Sequence[bool], first_row: int = 0) -> None:
-    """Raise `ValueError` that names the flagged rows, counted from `first_row`."""
-    rows = [first_row + row for row, flag in enumerate(flags) if flag]
+def raise_if_nonfinite(flags: Sequence[Tensor]) -> None:
+    """Raise `ValueError` that names the rows flagged in consecutive parts of a batch; one read where there are any."""
+    if flags:
+        _raise_for_rows("images", torch.cat(list(flags)).nonzero().squeeze(1).tolist())
+
+
+def raise_if_nonfinite_tokens(flags: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise `ValueError` that names the rows of cu_seqlens (B + 1,) that hold a flagged token of flags (total,)."""
+    flagged = flags.nonzero().squeeze(1)
+    rows = torch.searchsorted(cu_seqlens, flagged.to(cu_seqlens.dtype), right=True) - 1
+    _raise_for_rows("tokens", rows.unique().tolist())
+
+
+def _raise_for_rows(name: str, rows: Sequence[int]) -> None:
     if rows:
-        raise ValueError(f"images must be finite, got NaN or infinity in {_name_rows(rows)}")
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {_name_rows(rows)}")
 
 
 def _name_rows(rows: Sequence[int]) -> str:

@@ -54,6 +54,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class StoreSettings:
     """Everything that decides a store's contents. Versions, device and batch size are not among it.
 
+    Inputs are known by their keys: a picture that changes under its key while a job is stopped is not noticed.
+
     `dtype` is a key of `DTYPES`; `inputs` counts the inputs, `inputs_sha256` is `hash_keys` of their keys in order.
     """
 
@@ -174,3 +176,7 @@ def _check_shape(path: Path, manifest: dict[str, Any]) -> None:
         isinstance(manifest.get("shards"), list) and isinstance(manifest.get("totals"), dict)
     ):
         raise StoreError(f"{path}: a complete store must list its shards and totals")
+    if manifest["complete"]:
+        for name in ("records", "tokens", "errors"):
+            if not isinstance(manifest["totals"].get(name), int):
+                raise StoreError(f"{path}: totals.{name} must be an int, got {manifest['totals'].get(name)!r}")

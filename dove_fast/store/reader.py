@@ -23,7 +23,7 @@ from torch import Tensor
 from dove_fast.config import DOVEConfig
 from dove_fast.errors import StoreError
 from dove_fast.ragged import RaggedTokens
-from dove_fast.store.layout import DTYPES, METADATA_KEY, read_manifest, settings_id
+from dove_fast.store.layout import DTYPES, METADATA_KEY, read_manifest, records_path, settings_id, tokens_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -107,7 +107,10 @@ class TokenStore:
     @cached_property
     def config(self) -> DOVEConfig:
         """The configuration of the model that made the tokens."""
-        return DOVEConfig.from_dict(self.manifest["settings"]["config"])
+        try:
+            return DOVEConfig.from_dict(self.manifest["settings"]["config"])
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{self.directory} has a damaged manifest: {error}") from error
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -123,8 +126,8 @@ class TokenStore:
         from dove_fast.store.records import read_table
 
         parts = []
-        for shard in self._shards:
-            path = self.directory / shard["records_file"]
+        for number, shard in enumerate(self._shards):
+            path = records_path(self.directory, number)
             column = read_table(path, [name]).column(name)
             if len(column) != shard["records"]:
                 raise StoreError(f"{path} has {len(column)} records, the manifest says {shard['records']}")
@@ -193,8 +196,9 @@ class _Shard:
     """One open shard: a mapping of its values, its offsets, and its records once they are asked for."""
 
     def __init__(self, directory: Path, entry: dict[str, Any], number: int, store: str, empty: Tensor) -> None:
-        self._path = directory / entry["tokens_file"]
-        self._records_path = directory / entry["records_file"]
+        # The manifest's file names are for other readers; a damaged one must not lead out of the store.
+        self._path = tokens_path(directory, number)
+        self._records_path = records_path(directory, number)
         self._table: pyarrow.Table | None = None
         try:
             with safe_open(self._path, framework="pt") as file:

@@ -70,6 +70,12 @@ class StoreWriter:
         manifest = read_manifest(self.directory)
         differences = settings_differences(manifest["settings"], self._plain)
         if differences:
+            old, new = manifest["settings"], self._plain
+            if all(item.startswith("inputs") for item in differences):
+                raise StoreError(
+                    f"{self.directory} was made from other inputs ({old['inputs']}, now {new['inputs']}); "
+                    "choose another output"
+                )
             more = len(differences) - MAX_SETTINGS_NAMED
             shown = "; ".join(differences[:MAX_SETTINGS_NAMED]) + (f"; and {more} more" if more > 0 else "")
             raise StoreError(f"{self.directory} was made with other settings ({shown}); choose another output")
@@ -144,7 +150,8 @@ class StoreWriter:
 
     def finish(self) -> None:
         """Write errors.jsonl, then the manifest that says complete. Every unit must be done."""
-        assert not self.missing
+        if self.missing:
+            raise StoreError(f"{self.directory} cannot be completed: units {self.missing} are not done")
         self.write_errors()
         self._write_manifest(complete=True)
         self.complete = True

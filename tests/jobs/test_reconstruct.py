@@ -28,7 +28,7 @@ def test_pictures_are_the_models(tmp_path, store, loaded):
     report = reconstruct(store, tmp_path / "out", loaded, batch_size=3, on_progress=seen.append)
     assert (report.images, report.tokens) == (10, int(store.lengths.sum()))
     assert [progress.done for progress in seen] == [3, 6, 9, 10]
-    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
     assert names == sorted(key.rsplit(".", 1)[0] + ".png" for key in store.keys)
     for index, key in enumerate(store.keys):
         image = loaded.model.decode(store.ragged([index]))[0].clamp(0, 1)
@@ -65,12 +65,21 @@ def test_lengths_that_cannot_be(tmp_path, store, loaded, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_run_replaces_the_pictures(tmp_path, store, loaded):
+def test_a_second_run_goes_on(tmp_path, store, loaded):
     reconstruct(store, tmp_path / "out", loaded)
-    before = (tmp_path / "out/00.png").read_bytes()
-    (tmp_path / "out/00.png").write_bytes(b"old")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
+    first, second = sorted(before)[:2]
+    first.unlink()
+    second.write_bytes(b"")
+    assert reconstruct(store, tmp_path / "out", loaded, batch_size=1).images == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")} == before
+    assert reconstruct(store, tmp_path / "out", loaded).images == 0
+
+
+def test_pictures_of_something_else_are_left_alone(tmp_path, store, loaded):
     reconstruct(store, tmp_path / "out", loaded)
-    assert (tmp_path / "out/00.png").read_bytes() == before
+    with pytest.raises(ValueError, match="holds pictures of another store or of other lengths; choose another output"):
+        reconstruct(store, tmp_path / "out", loaded, max_length=1)
 
 
 def test_another_checkpoint_is_refused_with_both_fingerprints(tmp_path, store, loaded):
@@ -78,6 +87,22 @@ def test_another_checkpoint_is_refused_with_both_fingerprints(tmp_path, store, l
     with pytest.raises(StoreError, match=f"its fingerprint is {loaded.fingerprint}, this checkpoint's is sha256:other"):
         reconstruct(store, tmp_path / "out", other)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_files_are_left_alone(tmp_path, photos, loaded):
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    tokenize(photos, tmp_path / "s", loaded)
+    with pytest.raises(ValueError, match="is not empty and holds no pictures of a store; choose another output"):
+        reconstruct(TokenStore(tmp_path / "s"), photos, loaded)
+    assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path, photos, loaded):
+    photo = next(photos.rglob("*.png"))
+    long = photo.rename(photo.with_name("x" * 251 + ".png"))
+    tokenize(long, tmp_path / "s", loaded)
+    reconstruct(TokenStore(tmp_path / "s"), tmp_path / "out", loaded)
+    assert (tmp_path / "out" / long.name).is_file()
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path, store, loaded):
@@ -93,7 +118,7 @@ def test_a_failing_disk_stops_the_job(tmp_path, store, loaded, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(JobError, match="No space left on device; run the same command again"):
         reconstruct(store, tmp_path / "out", loaded)
-    assert not list((tmp_path / "out").rglob("*.*"))
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_decoding_takes_bfloat16_tokens(tmp_path, photos, loaded):

@@ -116,13 +116,13 @@ def test_a_complete_store_is_not_touched_again(tmp_path, photos, loaded):
 
 def test_other_settings_and_other_inputs_are_refused(tmp_path, photos, loaded):
     tokenize(photos, tmp_path / "s", loaded, OPTIONS)
-    with pytest.raises(StoreError, match=r"made with other settings \(shard_size: 4, now 4096\)"):
+    with pytest.raises(StoreError, match=r"made with other settings \(shard_size: 4, now 1024\)"):
         tokenize(photos, tmp_path / "s", loaded)
     other = LoadedModel(loaded.model, "sha256:other", trained=True)
     with pytest.raises(StoreError, match=r"fingerprint: .*, now 'sha256:other'"):
         tokenize(photos, tmp_path / "s", other, OPTIONS)
     Image.new("RGB", (5, 5)).save(photos / "new.png")
-    with pytest.raises(StoreError, match="inputs: 10, now 11"):
+    with pytest.raises(StoreError, match=r"was made from other inputs \(10, now 11\); choose another output"):
         tokenize(photos, tmp_path / "s", loaded, OPTIONS)
 
 

@@ -85,8 +85,8 @@ def test_queries(model, queries, error, message):
     assert message in str(caught.value)
 
 
-def ragged(lengths: list[int], width: int = 32, **options) -> RaggedTokens:
-    padded = torch.zeros(len(lengths), max(lengths), width, **options)
+def ragged(lengths: list[int], width: int = 32, fill: float = 0, **options) -> RaggedTokens:
+    padded = torch.full((len(lengths), max(lengths), width), float(fill)).to(**{"dtype": torch.float32, **options})
     return RaggedTokens.from_padded(padded, lengths)
 
 
@@ -98,6 +98,11 @@ def ragged(lengths: list[int], width: int = 32, **options) -> RaggedTokens:
         (ragged([2], width=31), ValueError, "tokens must have width 32, got values of shape (2, 31)"),
         (ragged([2, 17]), ValueError, "an image has at most 16 tokens, got 17"),
         (ragged([2, 0]), ValueError, "an image has at least 1 token, got none for row 1"),
+        (
+            ragged([1, 2], fill=float("nan")),
+            ValueError,
+            "tokens must be finite, got NaN or infinity in rows 0, 1",
+        ),
     ],
 )
 def test_tokens(model, tokens, error, message):
@@ -118,3 +123,11 @@ def test_model_without_query_embedding():
     assert len(model.tokenize(sample_images(1), [None])) == 1
     with pytest.raises(ValueError, match=r"queries\[0\] holds ids, but this model has no query embedding"):
         model.tokenize(sample_images(1), [torch.tensor([1])])
+
+
+def test_nonfinite_tokens_are_found_in_their_rows(model):
+    tokens = ragged([3, 1, 4, 2])
+    tokens.values[3, 7] = float("inf")
+    tokens.values[9, 0] = float("nan")
+    with pytest.raises(ValueError, match="tokens must be finite, got NaN or infinity in rows 1, 3"):
+        model.decode(tokens)

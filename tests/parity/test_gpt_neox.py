@@ -71,6 +71,9 @@ def test_fp64(pair, attention, tolerance):
     """In fp64 the rotary table stays fp32 on both sides and is the same; eager attention's softmax is fp32 too."""
     theirs = copy.deepcopy(pair.theirs).double()
     theirs.set_attn_implementation(attention)
-    ours = copy.deepcopy(pair.ours.generator).double()
     inputs = pair.inputs.double()
-    assert_close(ours(inputs), theirs(inputs_embeds=inputs).last_hidden_state, tolerance)
+    causal = copy.deepcopy(pair.ours.generator).double()
+    assert_close(causal(inputs), theirs(inputs_embeds=inputs).last_hidden_state, tolerance)
+    bidirectional = copy.deepcopy(pair.ours.token_decoder).double()
+    expected = make_bidirectional(theirs)(inputs_embeds=inputs).last_hidden_state
+    assert_close(bidirectional(inputs), expected, tolerance)

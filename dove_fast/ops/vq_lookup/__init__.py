@@ -42,8 +42,8 @@ def _check(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {_name(tensor.dtype)}")
-    if codebook.dim() != 2 or codebook.shape[0] == 0:
-        raise ValueError(f"codebook must have shape (K, C) with K at least 1, got {tuple(codebook.shape)}")
+    if codebook.dim() != 2 or 0 in codebook.shape:
+        raise ValueError(f"codebook must have shape (K, C) with K and C at least 1, got {tuple(codebook.shape)}")
     if x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(f"x must have shape (..., {codebook.shape[1]}) like the codebook, got {tuple(x.shape)}")
     if codebook.device != x.device:
