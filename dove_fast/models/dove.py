@@ -293,10 +293,10 @@ class DOVE(nn.Module):
         for rows, flags in zip(row_ranges, nonfinite, strict=True):
             states, eos_logits = self.generate(self.encode(images[rows]), query_ids[rows])
             if length is not None:
-                lengths = torch.full((states.shape[0],), length, device=states.device)
+                lengths = torch.full((states.shape[0],), int(length), device=states.device)
             else:
                 lengths = eos_lengths(eos_logits, self.config.eos_threshold if eos_threshold is None else eos_threshold)
-                lengths = lengths.clamp(max=max_length or self.config.num_tokens)
+                lengths = lengths.clamp(max=int(max_length or self.config.num_tokens))
             # The one read a chunk: the lengths shape the result, and the flags ride along.
             host_lengths, host_flags = torch.stack([lengths, flags.to(lengths.dtype)]).tolist()
             if any(host_flags):

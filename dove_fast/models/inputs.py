@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -94,13 +95,13 @@ def check_length_options(
     ):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an int or None, got {value!r}")
         if value < 1 or (limit is not None and value > limit):
             expected = "at least 1" if limit is None else f"from 1 to {limit}, the most tokens an image can have"
             raise ValueError(f"{name} must be {expected}, got {value}")
     if eos_threshold is not None:
-        if isinstance(eos_threshold, bool) or not isinstance(eos_threshold, (int, float)):
+        if isinstance(eos_threshold, bool) or not isinstance(eos_threshold, Real):
             raise TypeError(f"eos_threshold must be a number or None, got {eos_threshold!r}")
         if not 0 < eos_threshold < 1:
             raise ValueError(f"eos_threshold must lie between 0 and 1, both excluded, got {eos_threshold}")

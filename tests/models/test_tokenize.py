@@ -6,6 +6,7 @@ import math
 import threading
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,6 +119,13 @@ def test_length_is_a_prefix_of_all_tokens(model):
         for row in range(4):
             assert_close(fixed[row], everything[row][:n])
             assert_close(capped[row], everything[row][: len(capped[row])])
+
+
+def test_numpy_numbers(model):
+    images = sample_images(2)
+    assert model.tokenize(images, length=np.int64(3)).lengths.tolist() == [3, 3]
+    expected = model.tokenize(images, max_length=4, eos_threshold=0.5)
+    assert_tokens_close(model.tokenize(images, max_length=np.int32(4), eos_threshold=np.float32(0.5)), expected)
 
 
 def test_threshold(model):
