@@ -8,6 +8,7 @@
 #include "dove/cuda_error.h"
 #include "dove/isa.h"
 #include "dove/pack.h"
+#include "dove/vq_lookup.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,25 @@ auto cuda_pack(void (*launch)(const dove::PackParams&, int, void*)) {
 }
 #endif
 
+void vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintptr_t squares, uintptr_t codes,
+                   uintptr_t quantized, int64_t num_rows, int64_t num_words, int64_t width, int dtype, int num_threads,
+                   const std::string& isa) {
+  const dove::VqLookupParams params{reinterpret_cast<const void*>(rows),
+                                    row_stride,
+                                    reinterpret_cast<const float*>(words),
+                                    reinterpret_cast<const float*>(squares),
+                                    reinterpret_cast<int64_t*>(codes),
+                                    reinterpret_cast<void*>(quantized),
+                                    num_rows,
+                                    num_words,
+                                    width,
+                                    static_cast<dove::Dtype>(dtype),
+                                    num_threads};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(vq_lookup)(params, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -108,6 +128,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("pack_cpu", cpu_pack(DOVE_CPU_KERNEL(pack)));
   module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
+  module.def("vq_lookup_cpu", &vq_lookup_cpu);
 #ifdef DOVE_CUDA
   module.def("pack_cuda", cuda_pack(&dove::cuda::pack));
   module.def("unpack_cuda", cuda_pack(&dove::cuda::unpack));

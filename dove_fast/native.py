@@ -11,6 +11,9 @@ from dove_fast.errors import BackendError
 
 __all__ = ["build_info", "load", "why_no_cuda", "why_no_native"]
 
+# The floating dtypes that kernels take, by the numbers of csrc/include/dove/dtype.h.
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
 _REBUILD = "run `pip install .`, or `pip install -e .`, in the source tree"
 
 

@@ -1,4 +1,4 @@
-"""What every test needs: the GPU marker, a broken-torchvision guard, one thread count."""
+"""What every test needs: the GPU marker, Triton's interpreter, poisoned memory, a broken-torchvision guard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import os
 
 import pytest
 import torch
+
+# Where there is no GPU, Triton kernels run in the interpreter; triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# torch fills what `empty` and its kin return with NaN, or the largest integer, so that a kernel that leaves an element
+# unwritten is found. The warnings that go with it are about operators that are not deterministic on a GPU.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def _define_torchvision_ops() -> None:

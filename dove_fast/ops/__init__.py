@@ -1,6 +1,6 @@
 """The fast operators. Each has a plain torch reference, and a `backend` argument that is honoured or refused."""
 
 from dove_fast.ops.pack import pack, unpack
-from dove_fast.ops.vq_lookup import vq_lookup
+from dove_fast.ops.vq_lookup import codebook_squares, vq_lookup
 
-__all__ = ["pack", "unpack", "vq_lookup"]
+__all__ = ["codebook_squares", "pack", "unpack", "vq_lookup"]

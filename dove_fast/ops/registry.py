@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dove_fast.errors import BackendError
+from dove_fast.ops.launch import interpreted
 
 __all__ = ["BACKENDS", "Choice", "Implementation", "available_backends", "choose", "implementation", "register"]
 
@@ -80,6 +81,8 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, backend: str, from_en
     implementations = _OPS[op]
     refusals = {name: _refusal(op, name, device_type, dtype) for name in implementations}
     working = [name for name, refusal in refusals.items() if refusal is None]
+    # Triton's interpreter takes CPU tensors where it is asked for by name: it is for tests, and slow.
+    automatic = [name for name in working if _DEVICE_TYPE[name] in (None, device_type)]
     if backend != "auto":
         if backend not in implementations:
             refusal = f"{op} has no {backend!r} implementation{origin}"
@@ -88,17 +91,17 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, backend: str, from_en
         else:
             return Choice(backend, f"asked for{origin}")
         raise BackendError(f"{refusal}; available for {device_type} tensors: {', '.join(working) or 'none'}")
-    if not working:
+    if not automatic:
         raise BackendError(f"{op}: no backend works: " + "; ".join(f"{k!r} {v}" for k, v in refusals.items()))
     passed = [f"{k!r} {v}" for k, v in refusals.items() if v is not None and _DEVICE_TYPE[k] == device_type]
     reason = f"auto, for {device_type} tensors"
-    return Choice(working[0], f"{reason}; passed over: {'; '.join(passed)}" if passed else reason)
+    return Choice(automatic[0], f"{reason}; passed over: {'; '.join(passed)}" if passed else reason)
 
 
 def _refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run a call with such tensors, as a predicate of the backend; None when it can."""
     needed = _DEVICE_TYPE[backend]
-    if needed is not None and needed != device_type:
+    if needed is not None and needed != device_type and not (backend == "triton" and interpreted()):
         place = {"cpu": "on the CPU", "cuda": "on a CUDA device"}[needed]
         return f"needs tensors {place}, got {device_type}"
     entry = _OPS[op][backend]

@@ -8,10 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dove_fast import ops
+from dove_fast import native, ops
+from dove_fast.ops.vq_lookup import native as native_vq
 from dove_fast.ops.vq_lookup import reference
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+# Backend and device; on a GPU they are skipped where there is none.
+every = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param("reference", "cpu", id="reference"),
+        pytest.param("cpu", "cpu", id="cpu"),
+        pytest.param("reference", "cuda", id="reference-gpu", marks=pytest.mark.gpu),
+    ],
+)
 
 
 def distances(x: Tensor, codebook: Tensor) -> Tensor:
@@ -22,11 +33,21 @@ def distances(x: Tensor, codebook: Tensor) -> Tensor:
     return total
 
 
-def assert_nearest(codes: Tensor, x: Tensor, codebook: Tensor) -> None:
-    """Each code is at the smallest distance, up to fp64 rounding, and the first of its identical codewords."""
-    every = distances(x, codebook)
-    chosen = every.gather(1, codes[:, None]).squeeze(1)
-    assert (chosen <= every.amin(1) * (1 + 1e-13)).all()
+def assert_nearest(codes: Tensor, x: Tensor, codebook: Tensor, backend: str = "reference") -> None:
+    """Each code is at the smallest distance, and the first of its identical codewords.
+
+    The smallest up to fp64 rounding for the reference; for a kernel up to its fp32 scores' rounding: two scores, which
+    are half of |c|^2 - 2 x.c, may each be off by the bound.
+    """
+    every_distance = distances(x, codebook)
+    chosen = every_distance.gather(1, codes[:, None]).squeeze(1)
+    if backend != "reference" and torch.float64 not in (x.dtype, codebook.dtype):
+        error = reference._score_error(x.float(), reference.codebook_squares(codebook.float())).double()
+        # Where fp32 overflows the kernels leave the row to the reference.
+        rounding = torch.where(error.isfinite(), 4 * error, 0.0)
+    else:
+        rounding = torch.zeros_like(chosen)
+    assert (chosen <= every_distance.amin(1) * (1 + 1e-13) + rounding).all()
     same = (codebook[codes][:, None] == codebook[None]).all(-1)
     assert torch.equal(codes, same.int().argmax(1)), "an identical codeword has a lower index"
 
@@ -35,74 +56,84 @@ def normal(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype =
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
 
 
-@devices
+@every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "words", "width"), [(50, 300, 64), (7, 1, 3), (1, 40, 1), (33, 17, 5)])
-def test_nearest(device, dtype, rows, words, width):
+@pytest.mark.parametrize(
+    ("rows", "words", "width"),
+    [(50, 300, 64), (7, 1, 3), (1, 40, 1), (33, 17, 5), (1, 100, 64), (2, 99, 70), (3, 64, 256), (65, 130, 8)],
+    ids=str,
+)
+def test_nearest(backend, device, dtype, rows, words, width):
     x, codebook = (
         normal(rows, width, device=device, dtype=dtype),
         normal(words, width, seed=1, device=device, dtype=dtype),
     )
-    codes, quantized = ops.vq_lookup(x, codebook)
+    codes, quantized = ops.vq_lookup(x, codebook, backend=backend)
     assert codes.dtype == torch.int64
     assert quantized.dtype == dtype
-    assert_nearest(codes, x, codebook)
+    assert_nearest(codes, x, codebook, backend)
     assert torch.equal(quantized, codebook[codes])
 
 
-def test_shapes_and_strides():
-    x, codebook = normal(2, 8, 3, 4), normal(20, 8, seed=1)
-    codes, quantized = ops.vq_lookup(x.permute(0, 2, 3, 1), codebook)
+@every
+def test_shapes_and_strides(backend, device):
+    x, codebook = normal(2, 8, 3, 4, device=device), normal(20, 8, seed=1, device=device)
+    codes, quantized = ops.vq_lookup(x.permute(0, 2, 3, 1), codebook, backend=backend)
     assert codes.shape == (2, 3, 4)
     assert quantized.shape == (2, 3, 4, 8)
     flat = x.permute(0, 2, 3, 1).reshape(-1, 8)
-    assert torch.equal(codes.flatten(), ops.vq_lookup(flat, codebook)[0])
-    code, word = ops.vq_lookup(flat[5], codebook)
+    assert torch.equal(codes.flatten(), ops.vq_lookup(flat, codebook, backend=backend)[0])
+    code, word = ops.vq_lookup(flat[5], codebook, backend=backend)
     assert code.shape == ()
     assert code == codes.flatten()[5]
     assert torch.equal(word, quantized.view(-1, 8)[5])
-    codes, quantized = ops.vq_lookup(x.new_empty(0, 7, 8), codebook)
+    codes, quantized = ops.vq_lookup(x.new_empty(0, 7, 8), codebook, backend=backend)
     assert codes.shape == (0, 7)
     assert quantized.shape == (0, 7, 8)
 
 
-@devices
-def test_identical_codewords_give_the_lowest_index(device):
+@every
+@pytest.mark.parametrize("squares_given", [False, True])
+def test_identical_codewords_give_the_lowest_index(backend, device, squares_given):
     codebook = normal(30, 16, device=device).repeat(9, 1)[
         torch.randperm(270, generator=torch.Generator().manual_seed(3))
     ]
     x = torch.cat([codebook, normal(200, 16, seed=4, device=device)])
-    codes, _ = ops.vq_lookup(x, codebook)
-    assert_nearest(codes, x, codebook)
-    assert codes.unique().numel() <= 30
+    squares = ops.codebook_squares(codebook) if squares_given else None
+    for rows in (x, x[:1], x[:2], x[:20]):
+        codes, _ = ops.vq_lookup(rows, codebook, codebook_sq=squares, backend=backend)
+        assert_nearest(codes, rows, codebook, backend)
+        assert codes.unique().numel() <= 30
 
 
-@devices
+@every
 @pytest.mark.parametrize("shift", [0.0, 100.0])
-def test_near_ties(device, shift):
+def test_near_ties(backend, device, shift):
     """Codewords a few ulps apart, around one far from the origin: fp32 scores cannot tell them apart."""
     base = normal(1, 64, device=device) + shift
     codebook = base * (1 + 3e-7 * normal(500, 64, seed=1, device=device))
     x = base * (1 + 3e-7 * normal(100, 64, seed=2, device=device))
-    codes, _ = ops.vq_lookup(x, codebook)
-    assert_nearest(codes, x, codebook)
+    codes, _ = ops.vq_lookup(x, codebook, backend=backend)
+    assert_nearest(codes, x, codebook, backend)
     by_score = (codebook.square().sum(1) / 2 - x @ codebook.T).argmin(1)
     assert (by_score != codes).any(), "the test does not reach what it is for"
 
 
+@every
 @pytest.mark.parametrize("exponent", [-30, -24, -20, -12, 12, 18, 20, 30])
 @pytest.mark.parametrize("other", [-24, 0, 10, 24])
-def test_extreme_sizes(exponent, other):
+def test_extreme_sizes(backend, device, exponent, other):
     """Squares and products that underflow or overflow in fp32."""
-    x, codebook = normal(20, 8) * 10.0**other, normal(50, 8, seed=1) * 10.0**exponent
-    assert_nearest(ops.vq_lookup(x, codebook)[0], x, codebook)
+    x, codebook = normal(20, 8, device=device) * 10.0**other, normal(50, 8, seed=1, device=device) * 10.0**exponent
+    assert_nearest(ops.vq_lookup(x, codebook, backend=backend)[0], x, codebook, backend)
 
 
-def test_one_large_codeword_among_small_ones():
-    codebook = normal(100, 16) * 1e-3
+@every
+def test_one_large_codeword_among_small_ones(backend, device):
+    codebook = normal(100, 16, device=device) * 1e-3
     codebook[57] = 1e6
-    x = normal(64, 16, seed=1) * 1e-3
-    assert_nearest(ops.vq_lookup(x, codebook)[0], x, codebook)
+    x = normal(64, 16, seed=1, device=device) * 1e-3
+    assert_nearest(ops.vq_lookup(x, codebook, backend=backend)[0], x, codebook, backend)
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,15 +145,56 @@ def test_on_a_grid(seed, rows, words, width):
     codebook = torch.randint(-2, 3, (words, width), generator=generator).float()
     expected = distances(x, codebook)
     lowest = (expected == expected.amin(1, keepdim=True)).int().argmax(1)
-    assert torch.equal(ops.vq_lookup(x, codebook)[0], lowest)
+    for backend in ("reference", "cpu"):
+        assert torch.equal(ops.vq_lookup(x, codebook, backend=backend)[0], lowest)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(0, 70), words=st.integers(1, 90), width=st.integers(1, 40))
+def test_any_size(seed, rows, words, width):
+    x, codebook = normal(rows, width, seed=seed), normal(words, width, seed=seed + 1)
+    codes, quantized = ops.vq_lookup(x, codebook, backend="cpu")
+    assert_nearest(codes, x, codebook, "cpu")
+    assert torch.equal(quantized, codebook[codes])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set(isa, dtype):
+    if not native.load().isa_available(isa):
+        pytest.skip(f"{isa} is not compiled or not on this processor")
+    for rows, words, width in [(100, 300, 64), (1, 300, 64), (2, 77, 33), (5, 50, 8), (40, 25, 3)]:
+        x, codebook = normal(rows, width, dtype=dtype), normal(words, width, seed=1, dtype=dtype)
+        codes, quantized = native_vq.vq_lookup_cpu(x, codebook, _isa=isa)
+        assert_nearest(codes, x, codebook, "cpu")
+        assert torch.equal(quantized, codebook[codes])
+
+
+def test_threads_do_not_matter():
+    """One row or many: the codewords or the rows are divided among the threads."""
+    before = torch.get_num_threads()
+    codebook = normal(8192, 64, seed=1)
+    codebook[8000:] = codebook[:192]
+    try:
+        for rows in (1, 2, 3, 33, 300):
+            x = normal(rows, 64) + codebook[8191 - torch.arange(rows)]
+            torch.set_num_threads(1)
+            expected = ops.vq_lookup(x, codebook, backend="cpu")
+            assert_nearest(expected[0], x, codebook, "cpu")
+            for threads in (2, 3, 7):
+                torch.set_num_threads(threads)
+                for ours, theirs in zip(ops.vq_lookup(x, codebook, backend="cpu"), expected, strict=True):
+                    assert torch.equal(ours, theirs)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_chunks_do_not_matter(monkeypatch):
     x, codebook = normal(60, 8), normal(50, 8, seed=1).repeat(3, 1)
-    expected, _ = ops.vq_lookup(x, codebook)
+    expected, _ = ops.vq_lookup(x, codebook, backend="reference")
     for limit in (1, 300, 4000):
         monkeypatch.setattr(reference, "MAX_ELEMENTS", limit)
-        assert torch.equal(ops.vq_lookup(x, codebook)[0], expected)
+        assert torch.equal(ops.vq_lookup(x, codebook, backend="reference")[0], expected)
 
 
 def test_equal_codewords_stay_in_bounded_memory(monkeypatch):
@@ -137,41 +209,57 @@ def test_equal_codewords_stay_in_bounded_memory(monkeypatch):
 
     monkeypatch.setattr(reference, "_distance", watched)
     monkeypatch.setattr(reference, "MAX_ELEMENTS", 1 << 14)
-    codes, _ = ops.vq_lookup(normal(64, 32), torch.ones(4096, 32))
+    codes, _ = ops.vq_lookup(normal(64, 32), torch.ones(4096, 32), backend="reference")
     assert codes.eq(0).all()
     assert 0 < largest <= 1 << 14
 
 
-def test_codebook_sq():
-    x, codebook = normal(40, 16), normal(100, 16, seed=1)
-    expected, _ = ops.vq_lookup(x, codebook)
-    for squares in (codebook.square().sum(1), codebook.double().square().sum(1)):
-        assert torch.equal(ops.vq_lookup(x, codebook, codebook_sq=squares)[0], expected)
+@every
+def test_codebook_sq(backend, device):
+    x, codebook = normal(40, 16, device=device), normal(100, 16, seed=1, device=device)
+    expected, _ = ops.vq_lookup(x, codebook, backend=backend)
+    for squares in (ops.codebook_squares(codebook), ops.codebook_squares(codebook.double())):
+        assert torch.equal(ops.vq_lookup(x, codebook, codebook_sq=squares, backend=backend)[0], expected)
 
 
-def test_nonfinite_rows_get_code_zero():
-    x, codebook = normal(5, 8), normal(30, 8, seed=1)
-    expected, _ = ops.vq_lookup(x, codebook)
+def test_codebook_squares():
+    for width in (1, 2, 3, 7, 8, 64, 100):
+        codebook = normal(50, width).repeat(7, 1)
+        squares = ops.codebook_squares(codebook)
+        assert squares.dtype == torch.float32
+        assert torch.allclose(squares.double(), codebook.double().square().sum(1), rtol=1e-6)
+        assert squares.view(7, 50).eq(squares[:50]).all(), "identical codewords must have the same"
+    assert ops.codebook_squares(codebook.bfloat16()).dtype == torch.float32
+    assert ops.codebook_squares(codebook.double()).dtype == torch.float64
+
+
+@every
+def test_nonfinite_rows_get_code_zero(backend, device):
+    x, codebook = normal(5, 40, device=device), normal(30, 40, seed=1, device=device)
+    expected, _ = ops.vq_lookup(x, codebook, backend=backend)
     x[1, 3], x[4, 0] = torch.nan, torch.inf
-    codes, _ = ops.vq_lookup(x, codebook)
+    codes, quantized = ops.vq_lookup(x, codebook, backend=backend)
     assert codes[[1, 4]].tolist() == [0, 0]
     assert torch.equal(codes[[0, 2, 3]], expected[[0, 2, 3]])
+    assert torch.equal(quantized, codebook[codes])
+    assert ops.vq_lookup(x[1:2], codebook, backend=backend)[0].tolist() == [0]
     codebook[expected[0]] = torch.nan
-    assert_nearest(ops.vq_lookup(x[[0, 2]], codebook)[0], x[[0, 2]], codebook.nan_to_num(nan=1e30))
+    rest = x[[0, 2]]
+    assert_nearest(ops.vq_lookup(rest, codebook, backend=backend)[0], rest, codebook.nan_to_num(nan=1e30), backend)
 
 
-@devices
-def test_low_precision_products_do_not_change_codes(device):
+@every
+def test_low_precision_products_do_not_change_codes(backend, device):
     x, codebook = normal(300, 64, device=device), normal(500, 64, seed=1, device=device)
-    expected, _ = ops.vq_lookup(x, codebook)
+    expected, _ = ops.vq_lookup(x, codebook, backend=backend)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        assert torch.equal(ops.vq_lookup(x, codebook)[0], expected)
+        assert torch.equal(ops.vq_lookup(x, codebook, backend=backend)[0], expected)
     finally:
         torch.set_float32_matmul_precision(before)
     with torch.autocast(device, dtype=torch.bfloat16):
-        assert torch.equal(ops.vq_lookup(x, codebook)[0], expected)
+        assert torch.equal(ops.vq_lookup(x, codebook, backend=backend)[0], expected)
 
 
 def test_error_bound_holds(monkeypatch):
@@ -215,21 +303,30 @@ def test_backward_of_bf16_sums_in_fp32():
     assert codebook.grad.tolist() == [[4096.0, 4096.0]], "sums in bf16 stop at 256"
 
 
-def test_mixed_dtypes():
-    x, codebook = normal(9, 4, dtype=torch.bfloat16), normal(12, 4, seed=1).requires_grad_()
-    codes, quantized = ops.vq_lookup(x, codebook)
-    assert_nearest(codes, x, codebook.detach())
+@every
+def test_mixed_dtypes(backend, device):
+    x = normal(9, 4, device=device, dtype=torch.bfloat16)
+    codebook = normal(12, 4, seed=1, device=device).requires_grad_()
+    codes, quantized = ops.vq_lookup(x, codebook, backend=backend)
+    assert_nearest(codes, x, codebook.detach(), backend)
     assert quantized.dtype == torch.bfloat16
+    assert torch.equal(quantized, codebook.detach().bfloat16()[codes])
     quantized.sum().backward()
     assert codebook.grad.dtype == torch.float32
 
 
-def test_opcheck_and_compile():
-    x, codebook = normal(6, 4).requires_grad_(), normal(9, 4, seed=1).requires_grad_()
-    torch.library.opcheck(torch.ops.dove_fast.vq_lookup, (x, codebook, None, "reference"))
-    torch.library.opcheck(torch.ops.dove_fast.vq_lookup, (x, codebook.detach(), codebook.detach().square().sum(1)))
-    compiled = torch.compile(lambda a: ops.vq_lookup(a * 2, codebook)[1], backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), ops.vq_lookup(x * 2, codebook)[1])
+@every
+def test_opcheck_and_compile(backend, device):
+    x = normal(6, 4, device=device).requires_grad_()
+    codebook = normal(9, 4, seed=1, device=device).requires_grad_()
+    torch.library.opcheck(torch.ops.dove_fast.vq_lookup, (x, codebook, None, backend))
+    frozen = codebook.detach()
+    torch.library.opcheck(torch.ops.dove_fast.vq_lookup, (x, frozen, ops.codebook_squares(frozen), backend))
+
+    def quantize(a: Tensor) -> Tensor:
+        return ops.vq_lookup(a * 2, codebook, backend=backend)[1]
+
+    assert torch.equal(torch.compile(quantize, backend="aot_eager", fullgraph=True)(x), quantize(x))
 
 
 @pytest.mark.parametrize(

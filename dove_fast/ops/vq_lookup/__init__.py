@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dove_fast import native as extension
 from dove_fast.ops import registry
 from dove_fast.ops.registry import Implementation
-from dove_fast.ops.vq_lookup import reference
+from dove_fast.ops.vq_lookup import native, reference
+from dove_fast.ops.vq_lookup.reference import codebook_squares
 
-__all__ = ["vq_lookup"]
+__all__ = ["codebook_squares", "vq_lookup"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,12 +24,14 @@ def vq_lookup(
     """Replace each feature by its nearest codeword (Euclidean distance, the lowest index among equals).
 
     x: (..., C) and codebook: (K, C), each float64, float32, bfloat16 or float16, on one device;
-    codebook_sq: (K,) float32 or float64, the codewords' |c|^2, for a caller that keeps it; computed where None.
+    codebook_sq: (K,) float32 or float64, what `codebook_squares` returns, for a caller that keeps it; computed where
+    None. It must be the same for identical codewords, which `codebook.square().sum(1)` does not promise.
     Returns codes (...) int64, and quantized (..., C), the codewords in x's dtype. Sums are in fp32 or better; a row of
-    x with NaN or infinity gets code 0.
+    x with NaN or infinity gets code 0. "reference" decides near ties in fp64; "cpu" never holds an (n, K) matrix and
+    gives the fp64 argmin wherever the runner-up is further away than fp32 rounding, else one within that rounding.
     Backward: quantized's gradient goes to x unchanged (straight through), and to the chosen codewords where the
     codebook requires it; codes and codebook_sq have none.
-    backend: None, "auto" or "reference".
+    backend: None, "auto", "reference" or "cpu" (fp64 inputs always go to the reference).
     Raises `TypeError` for another dtype, `ValueError` for shapes that do not fit or tensors on different devices,
     `BackendError` where the backend cannot run. Source: METHOD section 3, the grid goes through the codebook.
     """
@@ -108,4 +112,10 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 torch.library.register_autograd("dove_fast::vq_lookup", _backward, setup_context=_save, lib=_LIBRARY)
 
-registry.register("vq_lookup", reference=Implementation(reference.vq_lookup))
+registry.register(
+    "vq_lookup",
+    cpu=Implementation(
+        native.vq_lookup_cpu, missing=extension.why_no_native, dtypes=frozenset((*native.DTYPE_CODES, torch.float64))
+    ),
+    reference=Implementation(reference.vq_lookup),
+)

@@ -20,7 +20,7 @@ def vq_lookup(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None) ->
     rows = x.reshape(-1, x.shape[-1])
     wide = torch.float64 if torch.float64 in (x.dtype, codebook.dtype) else torch.float32
     words = codebook.to(wide)
-    squares = (words * words).sum(1) if codebook_sq is None else codebook_sq.to(wide)
+    squares = codebook_squares(words) if codebook_sq is None else codebook_sq.to(wide)
     codes = torch.empty(rows.shape[0], dtype=torch.int64, device=x.device)
     step = max(1, MAX_ELEMENTS // words.shape[0])
     # Under autocast the product below would be rounded to 16 bits.
@@ -93,12 +93,21 @@ def _nearest_exactly(rows: Tensor, words: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _distance(x: Tensor, c: Tensor) -> Tensor:
-    """Return sum((x - c)^2) over the last dimension in fp64, for pairs x, c (p, C) -> (p,).
+    """Return sum((x - c)^2) over the last dimension in fp64, for pairs x, c (p, C) -> (p,)."""
+    return _sum_rows((x.double() - c.double()).square())
 
-    Halves are added until one column is left: element by element, so that every pair is summed in one same order,
+
+def codebook_squares(codebook: Tensor) -> Tensor:
+    """Return |c|^2 of the codewords (K, C) -> (K,), in fp32 or better; identical codewords have the same."""
+    return _sum_rows(codebook.to(torch.promote_types(codebook.dtype, torch.float32)).square())
+
+
+def _sum_rows(terms: Tensor) -> Tensor:
+    """Return the rows' sums (n, C) -> (n,).
+
+    Halves are added until one column is left: element by element, so that every row is summed in one same order,
     which a library's reduction need not do, and identical codewords tie.
     """
-    terms = (x.double() - c.double()).square()
     while (width := terms.shape[1]) > 1:
         half = width // 2
         folded = terms[:, :half] + terms[:, half : 2 * half]

@@ -1,0 +1,47 @@
+"""vq_lookup in the native module: fused, in fp32; `csrc/cpu/vq_lookup.cpp` derives how far from fp64 it can be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dove_fast import native
+from dove_fast.ops.vq_lookup import reference
+
+# The dtypes of x that the kernel takes, and their numbers there.
+DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
+
+
+def vq_lookup_cpu(
+    x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None, *, _isa: str = ""
+) -> tuple[Tensor, Tensor]:
+    """As `reference.vq_lookup`, for CPU tensors. `_isa` names the instruction set, for tests; "" is the best one.
+
+    fp64 inputs go to the reference, as do the rows whose fp32 scores overflow.
+    """
+    if torch.float64 in (x.dtype, codebook.dtype):
+        return reference.vq_lookup(x, codebook, codebook_sq)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    words = codebook.float().contiguous()
+    squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq.float().contiguous()
+    codes = torch.empty(rows.shape[0], dtype=torch.int64)
+    quantized = torch.empty(rows.shape, dtype=x.dtype)
+    native.load().vq_lookup_cpu(
+        rows.data_ptr(),
+        rows.stride(0),
+        words.data_ptr(),
+        squares.data_ptr(),
+        codes.data_ptr(),
+        quantized.data_ptr(),
+        rows.shape[0],
+        *words.shape,
+        DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+        _isa,
+    )
+    undecided = (codes < 0).nonzero().squeeze(1)
+    if undecided.numel():
+        codes[undecided], quantized[undecided] = reference.vq_lookup(rows[undecided], codebook, codebook_sq)
+    return codes.view(x.shape[:-1]), quantized.view(x.shape)
