@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dove_fast import ops
 from dove_fast.config import VQGANConfig
+from dove_fast.models.derived import Derived
 
 __all__ = ["VQGAN", "VectorQuantizer"]
 
@@ -208,6 +209,14 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.num_vq_embeddings, config.vq_embed_dim)
         # diffusers' own start: codewords far smaller than the features.
         nn.init.uniform_(self.embedding.weight, -1.0 / config.num_vq_embeddings, 1.0 / config.num_vq_embeddings)
+        self._squares = Derived(ops.codebook_squares)
+
+    def refresh(self) -> None:
+        """Forget the codewords' norms, which are kept until the codebook changes.
+
+        Needed only after a write that torch does not count, through `embedding.weight.data`.
+        """
+        self._squares.refresh()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise features (B, C, h, w) -> (codewords (B, C, h, w), codes (B, h, w) int64).
@@ -216,7 +225,9 @@ class VectorQuantizer(nn.Module):
         """
         # [reading] METHOD section 4: the straight-through gradient goes to the features alone; a codebook that is
         # trained gets its own from the codebook loss.
-        codes, quantized = ops.vq_lookup(features.permute(0, 2, 3, 1), self.embedding.weight.detach())
+        weight = self.embedding.weight
+        squares = self._squares(weight)
+        codes, quantized = ops.vq_lookup(features.permute(0, 2, 3, 1), weight.detach(), codebook_sq=squares)
         return quantized.permute(0, 3, 1, 2), codes
 
 
