@@ -91,15 +91,17 @@ auto cuda_pack(void (*launch)(const dove::PackParams&, int, void*)) {
 }
 #endif
 
-void vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintptr_t squares, uintptr_t codes,
-                   uintptr_t quantized, int64_t num_rows, int64_t num_words, int64_t width, int dtype, int num_threads,
-                   const std::string& isa) {
+int64_t vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintptr_t squares, uintptr_t codes,
+                      uintptr_t quantized, int64_t num_rows, int64_t num_words, int64_t width, int dtype,
+                      int num_threads, const std::string& isa) {
+  int64_t undecided = 0;
   const dove::VqLookupParams params{reinterpret_cast<const void*>(rows),
                                     row_stride,
                                     reinterpret_cast<const float*>(words),
                                     reinterpret_cast<const float*>(squares),
                                     reinterpret_cast<int64_t*>(codes),
                                     reinterpret_cast<void*>(quantized),
+                                    &undecided,
                                     num_rows,
                                     num_words,
                                     width,
@@ -108,6 +110,7 @@ void vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintptr_
   const dove::Isa chosen = dove::isa_by_name(isa);
   const py::gil_scoped_release release;
   DOVE_CPU_KERNEL(vq_lookup)(params, chosen);
+  return undecided;
 }
 
 }  // namespace

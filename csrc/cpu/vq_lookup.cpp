@@ -1,6 +1,7 @@
 #include "dove/vq_lookup.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "dove/parallel.h"
@@ -24,10 +25,18 @@ constexpr int kWords = 12;
 constexpr int kWords = 6;
 #endif
 
-// So few rows leave most of a vector's lanes empty: they are taken one by one, with the columns in the lanes.
-constexpr int64_t kFewRows = 2;
+// So few rows leave many of a vector's lanes empty: the columns take the lanes.
+constexpr int64_t kFewRows = 8;
+constexpr int kRowsTogether = 4;
 // A thread gets at least so many multiply-adds: some 20 us.
 constexpr int64_t kGrain = int64_t{1} << 20;
+
+// A panel: kPanelRows rows, column by column, padded with zeros; of one with kLanes rows or fewer the first vector of
+// every column is used.
+constexpr int kVectors = 2;
+constexpr int kPanelRows = kVectors * kLanes;
+// A quarter of a 1 MB cache for a block of codewords, and as much for the panels that are searched with it.
+constexpr int64_t kBlockFloats = int64_t{1} << 16;
 
 constexpr float kNone = -__builtin_inff();
 
@@ -43,26 +52,26 @@ struct Best {
   }
 };
 
-// Offers `count` codewords from `first` on to kVectors x kLanes rows, which lie in `panel` column by column.
-template <int kVectors, int kCount>
+// Offers kCount codewords from `first` on to the first kUsed vectors of rows of a panel.
+template <int kUsed, int kCount>
 void score_words(const VqLookupParams& p, const float* panel, int64_t first, Best* best) {
-  Vec sums[kCount][kVectors];
+  Vec sums[kCount][kUsed];
   const float* words = p.words + first * p.width;
   for (int word = 0; word < kCount; ++word) {
-    for (int v = 0; v < kVectors; ++v) sums[word][v] = broadcast(p.squares[first + word] * -0.5f);
+    for (int v = 0; v < kUsed; ++v) sums[word][v] = broadcast(p.squares[first + word] * -0.5f);
   }
   for (int64_t column = 0; column < p.width; ++column) {
-    Vec rows[kVectors];
-    for (int v = 0; v < kVectors; ++v) rows[v] = load(panel + (column * kVectors + v) * kLanes);
+    Vec rows[kUsed];
+    for (int v = 0; v < kUsed; ++v) rows[v] = load(panel + column * kPanelRows + v * kLanes);
 #pragma GCC unroll 12
     for (int word = 0; word < kCount; ++word) {
       const Vec element = broadcast(words[word * p.width + column]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[word][v] = fma(rows[v], element, sums[word][v]);
+      for (int v = 0; v < kUsed; ++v) sums[word][v] = fma(rows[v], element, sums[word][v]);
     }
   }
   for (int word = 0; word < kCount; ++word) {
-    for (int v = 0; v < kVectors; ++v) best[v].offer(sums[word][v], static_cast<int32_t>(first + word));
+    for (int v = 0; v < kUsed; ++v) best[v].offer(sums[word][v], static_cast<int32_t>(first + word));
   }
 }
 
@@ -72,60 +81,128 @@ struct Words {
   int64_t end;
 };
 
-// Writes the best score and code among `words` of rows [row, row + count), count <= kVectors * kLanes.
-template <int kVectors, typename T>
-void search_panel(const VqLookupParams& p, int64_t row, int64_t count, Words words, float* panel, float* scores,
-                  int32_t* codes) {
+template <typename T>
+void fill_panel(const VqLookupParams& p, int64_t row, int64_t count, float* panel) {
   const T* source = static_cast<const T*>(p.rows) + row * p.row_stride;
-  constexpr int kRows = kVectors * kLanes;
   for (int64_t column = 0; column < p.width; column += kLanes) {
     const int64_t columns = std::min<int64_t>(kLanes, p.width - column);
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kPanelRows; ++r) {
       const T* at = source + r * p.row_stride + column;
       const Vec elements = r >= count ? Vec{} : columns == kLanes ? load(at) : load_part(at, columns);
-      for (int64_t c = 0; c < columns; ++c) panel[(column + c) * kRows + r] = elements[c];
+      for (int64_t c = 0; c < columns; ++c) panel[(column + c) * kPanelRows + r] = elements[c];
     }
-  }
-  Best best[kVectors];
-  int64_t word = words.begin;
-  for (; word + kWords <= words.end; word += kWords) score_words<kVectors, kWords>(p, panel, word, best);
-  for (; word < words.end; ++word) score_words<kVectors, 1>(p, panel, word, best);
-  for (int64_t r = 0; r < count; ++r) {
-    scores[r] = best[r / kLanes].score[r % kLanes];
-    codes[r] = best[r / kLanes].code[r % kLanes];
   }
 }
 
-// The same for one row, with its columns in the lanes.
+template <int kUsed>
+void search_panel(const VqLookupParams& p, const float* panel, Words words, Best* best) {
+  int64_t word = words.begin;
+  for (; word + kWords <= words.end; word += kWords) score_words<kUsed, kWords>(p, panel, word, best);
+  for (; word < words.end; ++word) score_words<kUsed, 1>(p, panel, word, best);
+}
+
+// Writes the best score and code among `words` of rows [row, row + count). The rows' panels and a block of codewords
+// stay in the L2 cache together: the codebook is read once for all of them.
 template <typename T>
-void search_row(const VqLookupParams& p, int64_t row, Words words, float* panel, float* score, int32_t* code) {
-  const T* source = static_cast<const T*>(p.rows) + row * p.row_stride;
-  const int64_t whole = p.width / kLanes * kLanes, rest = p.width - whole;
-  for (int64_t column = 0; column < whole; column += kLanes) store(panel + column, load(source + column));
-  if (rest > 0) store(panel + whole, load_part(source + whole, rest));
-  *score = kNone;
-  *code = 0;
-  constexpr int kTogether = 8;
-  for (int64_t first = words.begin; first < words.end; first += kTogether) {
-    Vec sums[kTogether] = {};
-    const float* word[kTogether];
-    for (int w = 0; w < kTogether; ++w) word[w] = p.words + std::min(first + w, words.end - 1) * p.width;
-    for (int64_t column = 0; column < whole; column += kLanes) {
-      const Vec elements = load(panel + column);
-      for (int w = 0; w < kTogether; ++w) sums[w] = fma(elements, load(word[w] + column), sums[w]);
+void search_panels(const VqLookupParams& p, int64_t row, int64_t count, Words words, float* panels, float* scores,
+                   int32_t* codes) {
+  const int64_t num_panels = (count + kPanelRows - 1) / kPanelRows;
+  const int64_t panel_size = p.width * kPanelRows;
+  std::vector<Best> best(num_panels * kVectors);
+  const auto rows_in = [&](int64_t panel) { return std::min<int64_t>(kPanelRows, count - panel * kPanelRows); };
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    fill_panel<T>(p, row + panel * kPanelRows, rows_in(panel), panels + panel * panel_size);
+  }
+  const int64_t block = std::max<int64_t>(kBlockFloats / p.width / kWords, 1) * kWords;
+  for (int64_t begin = words.begin; begin < words.end; begin += block) {
+    const Words part{begin, std::min(begin + block, words.end)};
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      const auto search = rows_in(panel) <= kLanes ? &search_panel<1> : &search_panel<kVectors>;
+      search(p, panels + panel * panel_size, part, &best[panel * kVectors]);
     }
-    if (rest > 0) {
-      const Vec elements = load(panel + whole);
-      for (int w = 0; w < kTogether; ++w) sums[w] = fma(elements, load_part(word[w] + whole, rest), sums[w]);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const Best& found = best[r / kLanes];
+    scores[r] = found.score[r % kLanes];
+    codes[r] = found.code[r % kLanes];
+  }
+}
+
+// Offers kCount codewords from `first` on to kRows rows, with their columns in the lanes; a row of `panel` is
+// `padded` long.
+template <int kRows, int kCount>
+void score_columns(const VqLookupParams& p, const float* panel, int64_t padded, int64_t first, float* scores,
+                   int32_t* codes) {
+  Vec sums[kCount][kRows];
+#pragma GCC unroll 12
+  for (int word = 0; word < kCount; ++word) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[word][r] = Vec{};
+  }
+  const float* words = p.words + first * p.width;
+  const auto add = [&](int64_t column, auto load_elements) {
+    Vec rows[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) rows[r] = load(panel + r * padded + column);
+#pragma GCC unroll 12
+    for (int word = 0; word < kCount; ++word) {
+      __builtin_prefetch(words + (kCount + word) * p.width + column);
+      const Vec elements = load_elements(words + word * p.width + column);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[word][r] = fma(rows[r], elements, sums[word][r]);
     }
-    for (int64_t w = 0; w < kTogether && first + w < words.end; ++w) {
-      const float candidate = sum(sums[w]) + p.squares[first + w] * -0.5f;
-      if (candidate > *score) {
-        *score = candidate;
-        *code = static_cast<int32_t>(first + w);
+  };
+  int64_t column = 0;
+  for (; column + kLanes <= p.width; column += kLanes) {
+    add(column, [](const float* at) { return load(at); });
+  }
+  if (const int64_t rest = p.width - column; rest > 0) {
+    add(column, [rest](const float* at) { return load_part(at, rest); });
+  }
+#pragma GCC unroll 12
+  for (int word = 0; word < kCount; ++word) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float candidate = sum(sums[word][r]) + p.squares[first + word] * -0.5f;
+      if (candidate > scores[r]) {
+        scores[r] = candidate;
+        codes[r] = static_cast<int32_t>(first + word);
       }
     }
   }
+}
+
+// As search_panels, for kRows rows with their columns in the lanes.
+template <int kRows, typename T>
+void search_rows(const VqLookupParams& p, int64_t row, Words words, float* panel, float* scores, int32_t* codes) {
+  const int64_t padded = p.width + kLanes;
+  float score[kRows];
+  int32_t code[kRows] = {};
+  for (int r = 0; r < kRows; ++r) {
+    const T* source = static_cast<const T*>(p.rows) + (row + r) * p.row_stride;
+    int64_t column = 0;
+    for (; column + kLanes <= p.width; column += kLanes) store(panel + r * padded + column, load(source + column));
+    if (column < p.width) store(panel + r * padded + column, load_part(source + column, p.width - column));
+    score[r] = kNone;
+  }
+  constexpr int kCount = kRows == 1 ? 8 : kWords / kRows;
+  int64_t word = words.begin;
+  for (; word + kCount <= words.end; word += kCount) {
+    score_columns<kRows, kCount>(p, panel, padded, word, score, code);
+  }
+  for (; word < words.end; ++word) score_columns<kRows, 1>(p, panel, padded, word, score, code);
+  std::copy_n(score, kRows, scores);
+  std::copy_n(code, kRows, codes);
+}
+
+template <typename T>
+void search_few(const VqLookupParams& p, int64_t row, int64_t count, Words words, float* panel, float* scores,
+                int32_t* codes) {
+  const auto search = count == 1   ? &search_rows<1, T>
+                      : count == 2 ? &search_rows<2, T>
+                      : count == 3 ? &search_rows<3, T>
+                                   : &search_rows<kRowsTogether, T>;
+  search(p, row, words, panel, scores, codes);
 }
 
 template <typename T>
@@ -144,14 +221,15 @@ bool all_finite(const T* row, int64_t width) {
   return sum(differences) == 0.0f;
 }
 
+// Writes the row's code and codeword; returns whether it is decided.
 template <typename T>
-void finish_row(const VqLookupParams& p, int64_t row, float score, int32_t code) {
+bool finish_row(const VqLookupParams& p, int64_t row, float score, int32_t code) {
   int64_t chosen = code;
   if (!all_finite(static_cast<const T*>(p.rows) + row * p.row_stride, p.width)) {
     chosen = 0;
   } else if (!(score - score == 0.0f)) {
     p.codes[row] = kUndecided;
-    return;
+    return false;
   }
   p.codes[row] = chosen;
   const float* word = p.words + chosen * p.width;
@@ -159,22 +237,26 @@ void finish_row(const VqLookupParams& p, int64_t row, float score, int32_t code)
   int64_t column = 0;
   for (; column + kLanes <= p.width; column += kLanes) store(target + column, load(word + column));
   if (column < p.width) store_part(target + column, load_part(word + column, p.width - column), p.width - column);
+  return true;
 }
 
 template <typename T>
 void search(const VqLookupParams& p) {
   const bool few = p.num_rows <= kFewRows && p.width >= 2 * kLanes;
-  const int64_t rows_together = few ? 1 : p.num_rows <= kLanes ? kLanes : 2 * kLanes;
+  // As many panels as fit into their share of the cache, but work for every thread.
+  const int64_t panels = std::max<int64_t>(kBlockFloats / (p.width * kPanelRows), 1);
+  const int64_t share = (p.num_rows + p.num_threads * kPanelRows - 1) / (p.num_threads * kPanelRows);
+  const int64_t rows_together = few ? kRowsTogether : std::min(panels, share) * kPanelRows;
   const int64_t groups = (p.num_rows + rows_together - 1) / rows_together;
   // Fewer groups than threads: the codewords are divided too.
   const int64_t wanted = std::clamp<int64_t>(p.num_threads / groups, 1, 64);
   const int64_t splits = std::clamp<int64_t>(p.num_words / (4 * kWords), 1, wanted);
   std::vector<float> scores(p.num_rows * splits);
   std::vector<int32_t> codes(p.num_rows * splits);
-  const int64_t work = rows_together * p.width * (p.num_words / splits + 1);
+  const int64_t work = std::min(rows_together, p.num_rows) * p.width * (p.num_words / splits + 1);
 
   parallel_ranges(groups * splits, kGrain / work + 1, p.num_threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> panel((p.width + kLanes) * rows_together);
+    std::vector<float> rows(few ? (p.width + kLanes) * rows_together : p.width * rows_together);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t split = item / groups, row = item % groups * rows_together;
       const int64_t count = std::min(rows_together, p.num_rows - row);
@@ -182,29 +264,32 @@ void search(const VqLookupParams& p) {
       float* score = scores.data() + split * p.num_rows + row;
       int32_t* code = codes.data() + split * p.num_rows + row;
       if (few) {
-        search_row<T>(p, row, words, panel.data(), score, code);
-      } else if (count <= kLanes) {
-        search_panel<1, T>(p, row, count, words, panel.data(), score, code);
+        search_few<T>(p, row, count, words, rows.data(), score, code);
       } else {
-        search_panel<2, T>(p, row, count, words, panel.data(), score, code);
+        search_panels<T>(p, row, count, words, rows.data(), score, code);
       }
     }
   });
 
+  std::atomic<int64_t> total_undecided = 0;
   parallel_ranges(p.num_rows, kGrain / (4 * p.width) + 1, p.num_threads, [&](int64_t begin, int64_t end) {
+    int64_t undecided = 0;
     for (int64_t row = begin; row < end; ++row) {
       int64_t best = row;
       for (int64_t at = row + p.num_rows; at < p.num_rows * splits; at += p.num_rows) {
         if (scores[at] > scores[best]) best = at;
       }
-      finish_row<T>(p, row, scores[best], codes[best]);
+      undecided += !finish_row<T>(p, row, scores[best], codes[best]);
     }
+    total_undecided += undecided;
   });
+  *p.num_undecided = total_undecided;
 }
 
 }  // namespace
 
 void vq_lookup(const VqLookupParams& params) {
+  *params.num_undecided = 0;
   if (params.num_rows == 0) return;
   with_element_type(params.dtype, [&](auto element) { search<decltype(element)>(params); });
 }

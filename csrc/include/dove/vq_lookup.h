@@ -16,6 +16,7 @@ struct VqLookupParams {
   const float* squares;  // (num_words,): |c|^2; the same for identical codewords
   int64_t* codes;        // (num_rows,): written; kUndecided where fp32 scores overflow, 0 for a row that is not finite
   void* quantized;       // (num_rows, width) in `dtype`, contiguous: the codewords, rounded; rows undecided are not set
+  int64_t* num_undecided;  // one number: written
   int64_t num_rows;
   int64_t num_words;
   int64_t width;

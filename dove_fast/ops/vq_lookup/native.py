@@ -28,7 +28,7 @@ def vq_lookup_cpu(
     squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq.float().contiguous()
     codes = torch.empty(rows.shape[0], dtype=torch.int64)
     quantized = torch.empty(rows.shape, dtype=x.dtype)
-    native.load().vq_lookup_cpu(
+    num_undecided = native.load().vq_lookup_cpu(
         rows.data_ptr(),
         rows.stride(0),
         words.data_ptr(),
@@ -41,7 +41,7 @@ def vq_lookup_cpu(
         torch.get_num_threads(),
         _isa,
     )
-    undecided = (codes < 0).nonzero().squeeze(1)
-    if undecided.numel():
+    if num_undecided:
+        undecided = (codes < 0).nonzero().squeeze(1)
         codes[undecided], quantized[undecided] = reference.vq_lookup(rows[undecided], codebook, codebook_sq)
     return codes.view(x.shape[:-1]), quantized.view(x.shape)
