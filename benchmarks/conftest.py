@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import os
 import platform
@@ -23,6 +25,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dove_fast benchmarks")
     group.addoption("--device", default="cpu", help="device to measure on, such as cpu or cuda (default: cpu)")
     group.addoption("--batch", type=int, default=None, help="images in a batch (default: 2 on a CPU, 32 on a GPU)")
+    group.addoption("--threads", type=int, default=None, help="threads of torch and of our kernels (default: torch's)")
+    group.addoption("--quick", action="store_true", help="small sizes, few rounds: shows that everything runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the number of threads, and shorten the measurement where that was asked for."""
+    global MIN_SECONDS
+    if config.getoption("--threads"):
+        torch.set_num_threads(config.getoption("--threads"))
+    if config.getoption("--quick"):
+        MIN_SECONDS = 0.1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `large`, visibly, where --quick was asked for."""
+    if config.getoption("--quick"):
+        for item in items:
+            if "large" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="large; --quick leaves it out"))
 
 
 @pytest.fixture(scope="session")
@@ -82,49 +103,141 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(scope="session")
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Return what the device reaches in this run: `gflops` of an fp32 matrix product, `gbytes` a second of a copy.
+
+    The product's sizes are those where the libraries do best; a copy reads and writes, and both are counted. On a GPU
+    `gflops_16bit` is the bf16 product's.
+    """
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 2048
+    product = {"gflops": torch.float32} | ({"gflops_16bit": torch.bfloat16} if cuda else {})
+    found = {}
+    for name, dtype in product.items():
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        out = torch.empty_like(a)
+        found[name] = 2 * size**3 / _median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) / 1e9
+    # Larger than every cache.
+    source = torch.randn((1 << 30) // 4 if cuda else (1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    found["gbytes"] = 2 * source.nbytes / _median(lambda: target.copy_(source), device) / 1e9
+    return found
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _median(function: Callable[[], Any], device: torch.device) -> float:
+    _timed(function, device)
+    return statistics.median(_timed(function, device) for _ in range(5))
+
+
+def _peak_extra(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Return the bytes that a call holds at its peak beyond what was held before; None where it cannot be measured.
+
+    On the CPU that is the process's resident memory, once the allocator has given back what it held (glibc).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        # Linux: makes the high-water mark what is resident now.
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    function()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
 @pytest.fixture
-def compare(benchmark: Any, device: torch.device, batch: int) -> Compare:
+def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, batch: int) -> Compare:
     """Return a function that times `ours` against `rival` in turn: A B A B.
 
-    It fills `extra_info` with both medians in images a second and their ratio (above 1: ours is faster).
+    It fills `extra_info` with both medians in seconds, their ratio (above 1: ours is faster) and both peaks of extra
+    memory in bytes. `images`: how many a call works on, for images a second. `flop`, `moved`: what the problem needs in
+    floating-point operations and in bytes read and written, whoever does it; then ours is also given in GFLOP/s and
+    GB/s, and as a share of the larger floor that the device's measured ceilings set.
     Call it once the results were compared: a figure for a wrong result is worth nothing.
     """
 
-    def timed(function: Callable[[], Any]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    def run(ours: Callable[[], Any], rival: Callable[[], Any], *, rival_name: str, **info: Any) -> None:
-        timed(rival)
-        slower = max(timed(ours), timed(rival))
+    def run(
+        ours: Callable[[], Any],
+        rival: Callable[[], Any],
+        *,
+        rival_name: str,
+        images: int | None = None,
+        flop: float | None = None,
+        moved: float | None = None,
+        **info: Any,
+    ) -> None:
+        _timed(rival, device)
+        _timed(ours, device)
+        peaks = {"peak_bytes": _peak_extra(ours, device), "rival_peak_bytes": _peak_extra(rival, device)}
+        slower = max(_timed(ours, device), _timed(rival, device))
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(MIN_SECONDS / slower)))
+        # A call of a few microseconds is timed many at a time.
+        inner = max(1, math.ceil(MIN_SECONDS / (4 * MAX_ROUNDS * slower)))
         ours_seconds: list[float] = []
         rival_seconds: list[float] = []
+
+        def repeated(function: Callable[[], Any]) -> float:
+            return _timed(lambda: [function() for _ in range(inner)], device) / inner
+
         benchmark.pedantic(
-            lambda: ours_seconds.append(timed(ours)),
-            setup=lambda: rival_seconds.append(timed(rival)),
+            lambda: ours_seconds.append(repeated(ours)),
+            setup=lambda: rival_seconds.append(repeated(rival)),
             rounds=rounds,
         )
-        ours_median, rival_median = statistics.median(ours_seconds), statistics.median(rival_seconds)
-        benchmark.extra_info.update(
-            {
-                "rival": rival_name,
-                "batch": batch,
-                "device": _device_name(device),
-                "images_per_second": batch / ours_median,
-                "rival_images_per_second": batch / rival_median,
-                "ratio": rival_median / ours_median,
-                **info,
-            }
-        )
-        _COMPARISONS.append(
-            f"{benchmark.name:32} {batch / ours_median:10.2f} images/s   {rival_name}: {batch / rival_median:10.2f}"
-            f"   ratio {rival_median / ours_median:.2f}"
-        )
+        seconds, rival_median = statistics.median(ours_seconds), statistics.median(rival_seconds)
+        figures: dict[str, Any] = {
+            "rival": rival_name,
+            "device": _device_name(device),
+            "threads": torch.get_num_threads(),
+            "calls_a_round": inner,
+            "seconds": seconds,
+            "rival_seconds": rival_median,
+            "ratio": rival_median / seconds,
+            **peaks,
+        }
+        line = f"{benchmark.name:44} {seconds * 1e3:10.3f} ms   {rival_name}: {rival_median * 1e3:10.3f} ms"
+        line += f"   ratio {rival_median / seconds:.2f}"
+        if images is not None:
+            figures |= {"images_per_second": images / seconds, "rival_images_per_second": images / rival_median}
+            line += f"   {images / seconds:.2f} images/s"
+        if flop is not None or moved is not None:
+            ceilings = request.getfixturevalue("ceilings")
+            floor = max((flop or 0) / ceilings["gflops"], (moved or 0) / ceilings["gbytes"]) / 1e9
+            figures |= {"ceilings": ceilings, "share_of_ceiling": floor / seconds}
+            for name, amount, unit in (("gflops", flop, "GFLOP/s"), ("gbytes", moved, "GB/s")):
+                if amount is not None:
+                    figures[name] = amount / seconds / 1e9
+                    line += f"   {figures[name]:.1f} {unit}"
+            line += f"   {100 * floor / seconds:.0f} % of the ceiling"
+        if peaks["peak_bytes"] is not None:
+            line += "   peak {:.1f} against {:.1f} MiB".format(*(peak / 2**20 for peak in peaks.values()))
+        benchmark.extra_info.update(figures | info)
+        _COMPARISONS.append(line)
 
     return run
