@@ -1,13 +1,16 @@
 // The one file that sees Python: addresses, sizes and a stream become the kernels' plain structs, without the GIL.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 
 #include "dove/cuda_error.h"
 #include "dove/isa.h"
 #include "dove/pack.h"
+#include "dove/prefix_attention.h"
 #include "dove/vq_lookup.h"
 
 namespace py = pybind11;
@@ -113,6 +116,41 @@ int64_t vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintp
   return undecided;
 }
 
+// The tensors' addresses come as tuples, 0 for one that is not given: (q, k, v, out), their strides (entry, head) for
+// q, k and v, (cu_seqlens, cos, sin), (k_cache, v_cache, slots, starts, key_lengths).
+void prefix_attention_cpu(std::array<uintptr_t, 4> data, std::array<std::array<int64_t, 2>, 3> strides,
+                          std::array<uintptr_t, 3> tables, std::array<uintptr_t, 5> cache, int64_t max_positions,
+                          int64_t rows, int64_t heads, int64_t head_dim, int64_t rotary_dim, float scale, bool causal,
+                          int dtype, int num_threads, const std::string& isa) {
+  const dove::PrefixAttentionParams params{reinterpret_cast<const void*>(data[0]),
+                                           reinterpret_cast<const void*>(data[1]),
+                                           reinterpret_cast<const void*>(data[2]),
+                                           {strides[0][0], strides[0][1]},
+                                           {strides[1][0], strides[1][1]},
+                                           {strides[2][0], strides[2][1]},
+                                           reinterpret_cast<void*>(data[3]),
+                                           reinterpret_cast<const int32_t*>(tables[0]),
+                                           reinterpret_cast<const float*>(tables[1]),
+                                           reinterpret_cast<const float*>(tables[2]),
+                                           reinterpret_cast<void*>(cache[0]),
+                                           reinterpret_cast<void*>(cache[1]),
+                                           reinterpret_cast<const int32_t*>(cache[2]),
+                                           reinterpret_cast<const int32_t*>(cache[3]),
+                                           reinterpret_cast<const int32_t*>(cache[4]),
+                                           max_positions,
+                                           rows,
+                                           heads,
+                                           head_dim,
+                                           rotary_dim,
+                                           scale,
+                                           causal,
+                                           static_cast<dove::Dtype>(dtype),
+                                           num_threads};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(prefix_attention)(params, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -131,6 +169,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("pack_cpu", cpu_pack(DOVE_CPU_KERNEL(pack)));
   module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
+  module.def("prefix_attention_cpu", &prefix_attention_cpu);
   module.def("vq_lookup_cpu", &vq_lookup_cpu);
 #ifdef DOVE_CUDA
   module.def("pack_cuda", cuda_pack(&dove::cuda::pack));

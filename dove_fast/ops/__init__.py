@@ -1,6 +1,7 @@
 """The fast operators. Each has a plain torch reference, and a `backend` argument that is honoured or refused."""
 
 from dove_fast.ops.pack import pack, unpack
+from dove_fast.ops.prefix_attention import prefix_attention
 from dove_fast.ops.vq_lookup import codebook_squares, vq_lookup
 
-__all__ = ["codebook_squares", "pack", "unpack", "vq_lookup"]
+__all__ = ["codebook_squares", "pack", "prefix_attention", "unpack", "vq_lookup"]

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 // For the CPU kernels alone: compiled once per ISA, like them.
@@ -25,6 +26,28 @@ void parallel_ranges(int64_t count, int64_t grain, int threads, const Body& body
   (void)ranges;
 #endif
   if (count > 0) body(0, count);
+}
+
+// Calls body(next) on up to `threads` threads; next() gives each of 0 .. count - 1 once, to whoever asks first, and
+// then -1. For items of unequal size. body must not throw.
+template <typename Body>
+void parallel_items(int64_t count, int threads, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] {
+    const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+    return item < count ? item : int64_t{-1};
+  };
+#ifdef _OPENMP
+  const int used = static_cast<int>(std::min<int64_t>(count, threads));
+  if (used > 1) {
+#pragma omp parallel num_threads(used)
+    body(next);
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  body(next);
 }
 
 }  // namespace dove::DOVE_ISA_NAMESPACE
