@@ -26,6 +26,8 @@ constexpr int kChannels = 4;
 #endif
 constexpr int kVectors = 2;
 constexpr int kPanelQueries = kVectors * kLanes;
+// So few queries leave most lanes of a panel empty: they are taken one by one.
+constexpr int64_t kFewQueries = kLanes / 4;
 // Keys whose scores are held at a time: 12 KB of them with AVX-512.
 constexpr int64_t kBlockKeys = 96;
 // A thread gets at least so many multiply-adds: some 20 us.
@@ -88,12 +90,13 @@ void rotate_row(const PrefixAttentionParams& p, const T* source, int64_t positio
 
 // One thread's memory.
 struct Scratch {
-  std::vector<float> keys;    // new keys, turned; for 16-bit dtypes the cached ones before them
-  std::vector<float> values;  // 16-bit dtypes only
-  std::vector<float> panel;   // (head_dim, kPanelQueries)
-  std::vector<float> scores;  // (kBlockKeys, kPanelQueries)
-  std::vector<float> out;     // (head_dim, kPanelQueries)
-  std::vector<float> row;     // (head_dim,)
+  std::vector<float> keys;     // new keys, turned; for 16-bit dtypes the cached ones before them
+  std::vector<float> values;   // 16-bit dtypes only
+  std::vector<float> panel;    // (head_dim, kPanelQueries)
+  std::vector<float> scores;   // (kBlockKeys, kPanelQueries)
+  std::vector<float> out;      // (head_dim, kPanelQueries)
+  std::vector<float> row;      // (head_dim,)
+  std::vector<float> weights;  // (keys,) of one query, and kLanes behind them
 };
 
 // scores[key] = q . k for kCount keys from `keys` on; kUsed vectors of the panel.
@@ -270,6 +273,77 @@ void attend_panel(const Row<T>& r, int64_t first, int64_t count, const Segment (
   }
 }
 
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec sums = Vec{};
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) sums = fma(load(a + c), load(b + c), sums);
+  if (c < count) sums = fma(load_part(a + c, count - c), load_part(b + c, count - c), sums);
+  return sum(sums);
+}
+
+// out[channel] = sum over keys of weights[key] * value[channel] for kCount vectors of channels; of one, its first
+// `used` <= kLanes.
+template <int kCount>
+void mix_values(const float* weights, const Segment (&segments)[2], const int64_t* seen, int64_t channel, int64_t used,
+                float* out) {
+  Vec sums[kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) sums[i] = Vec{};
+  for (int part = 0; part < 2; ++part) {
+    for (int64_t key = 0; key < seen[part]; ++key) {
+      const float* value = segments[part].values[key] + channel;
+      const Vec weight = broadcast(*weights++);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        const Vec elements = used == kLanes ? load(value + i * kLanes) : load_part(value, used);
+        sums[i] = fma(weight, elements, sums[i]);
+      }
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    used == kLanes ? store(out + i * kLanes, sums[i]) : store_part(out, sums[i], used);
+  }
+}
+
+// One query, with the channels in the lanes.
+template <typename T>
+void attend_query(const Row<T>& r, int64_t query, const Segment (&segments)[2], Scratch& s) {
+  const PrefixAttentionParams& p = r.p;
+  const int64_t visible = p.causal ? std::min(segments[1].count, query + 1) : segments[1].count;
+  const int64_t seen[2] = {segments[0].count, visible};
+  const int64_t keys = seen[0] + seen[1];
+  s.weights.assign(keys + kLanes, kNone);
+  rotate_row(p, r.q(query), r.start + query, s.row.data());
+  float* weight = s.weights.data();
+  float largest = -3.0e38f;
+  for (int part = 0; part < 2; ++part) {
+    for (int64_t key = 0; key < seen[part]; ++key) {
+      *weight = dot(s.row.data(), segments[part].keys[key], p.head_dim) * p.scale;
+      largest = *weight <= largest ? largest : *weight;
+      ++weight;
+    }
+  }
+  Vec sums = Vec{};
+  for (int64_t key = 0; key < keys; key += kLanes) {
+    const Vec part = exp(load(s.weights.data() + key) - broadcast(largest));
+    store(s.weights.data() + key, part);
+    sums += part;
+  }
+  const float total = sum(sums);
+  const Vec inverse = broadcast(total == 0.0f ? 0.0f : 1.0f / total);
+  for (int64_t key = 0; key < keys; key += kLanes) {
+    store(s.weights.data() + key, load(s.weights.data() + key) * inverse);
+  }
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= p.head_dim; c += 4 * kLanes) {
+    mix_values<4>(s.weights.data(), segments, seen, c, kLanes, s.row.data() + c);
+  }
+  for (; c < p.head_dim; c += kLanes) {
+    mix_values<1>(s.weights.data(), segments, seen, c, std::min<int64_t>(kLanes, p.head_dim - c), s.row.data() + c);
+  }
+  copy_row(s.row.data(), static_cast<T*>(p.out) + ((r.begin + query) * p.heads + r.head) * p.head_dim, p.head_dim);
+}
+
 // Queries [first, last) of a row and head. Their keys and values go into the cache; those of other queries that they
 // see are computed again, so that items do not wait for each other.
 template <typename T>
@@ -310,8 +384,13 @@ void attend(const Row<T>& r, int64_t first, int64_t last, Scratch& s) {
   }
   for (int64_t query = first; query < last; query += kPanelQueries) {
     const int64_t count = std::min<int64_t>(kPanelQueries, last - query);
-    count <= kLanes ? attend_panel<1>(r, query, count, segments, s)
-                    : attend_panel<kVectors>(r, query, count, segments, s);
+    if (count <= kFewQueries) {
+      for (int64_t i = 0; i < count; ++i) attend_query(r, query + i, segments, s);
+    } else if (count <= kLanes) {
+      attend_panel<1>(r, query, count, segments, s);
+    } else {
+      attend_panel<kVectors>(r, query, count, segments, s);
+    }
   }
 }
 

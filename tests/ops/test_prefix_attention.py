@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dove_fast import BackendError, native, ops
 from dove_fast.ops.prefix_attention import native as native_attention
+from dove_fast.ops.prefix_attention import reference
 from dove_fast.ops.prefix_attention.reference import Cache
 
 # Backend and device; on a GPU they are skipped where there is none.
@@ -397,7 +398,7 @@ def test_threads_do_not_matter():
 def test_chunks_of_the_reference_do_not_matter(monkeypatch):
     case = make([9, 4, 12], [3, 0, 8])
     expected = case.clone().run("reference")
-    monkeypatch.setattr("dove_fast.ops.prefix_attention.reference.MAX_ELEMENTS", 1)
+    monkeypatch.setattr(reference, "MAX_ELEMENTS", 1)
     assert_close(case.run("reference"), expected)
 
 
