@@ -14,9 +14,14 @@ from tolerances import RELATIVE, assert_close
 from torch import Tensor
 
 from dove_fast import BackendError, native, ops
+from dove_fast.ops.launch import interpreted, why_no_triton
 from dove_fast.ops.prefix_attention import native as native_attention
 from dove_fast.ops.prefix_attention import reference
 from dove_fast.ops.prefix_attention.reference import Cache
+
+interpreter = pytest.mark.skipif(
+    why_no_triton() is not None or not interpreted(), reason="needs Triton's interpreter, which no GPU has"
+)
 
 # Backend and device; on a GPU they are skipped where there is none.
 every = pytest.mark.parametrize(
@@ -24,7 +29,9 @@ every = pytest.mark.parametrize(
     [
         pytest.param("reference", "cpu", id="reference"),
         pytest.param("cpu", "cpu", id="cpu"),
+        pytest.param("triton", "cpu", id="triton-interpreted", marks=interpreter),
         pytest.param("reference", "cuda", id="reference-gpu", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
     ],
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
