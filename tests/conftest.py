@@ -8,6 +8,9 @@ import os
 import pytest
 import torch
 
+from dove_fast import native
+from dove_fast.ops import launch
+
 # Where there is no GPU, Triton kernels run in the interpreter; triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -49,10 +52,22 @@ def outside_the_source_tree(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests, visibly, where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
+    """Skip, visibly, what this machine cannot run."""
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        reason = _why_not(item)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_not(item: pytest.Item) -> str | None:
+    """Why a test cannot run here: by its `gpu` mark and its parameters `backend` and `device`."""
+    on_gpu = "gpu" in item.keywords
+    if on_gpu and not torch.cuda.is_available():
+        return "needs a CUDA device; torch.cuda.is_available() is False"
+    callspec = getattr(item, "callspec", None)
+    backend = None if callspec is None else callspec.params.get("backend")
+    if backend == "cuda":
+        return native.why_no_cuda()
+    if backend == "triton":
+        return launch.why_no_triton() or (None if on_gpu or launch.interpreted() else "Triton is not interpreted here")
+    return None

@@ -9,18 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dove_fast import BackendError, native, ops
+from dove_fast.ops.launch import interpreted, why_no_triton
 from dove_fast.ops.pack import native as native_pack
 from dove_fast.ops.pack import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.complex64]
-DTYPES += [torch.bool]
-CPU_BACKENDS = ["reference", "cpu"]
+DTYPES += [torch.complex128, torch.bool]
+CPU_BACKENDS = ["reference", "cpu", "triton"]
+GPU_BACKENDS = ["reference", "cuda", "triton"]
 
 
 def every_backend() -> list[object]:
-    """Backend and device: those of the CPU, and those of a GPU, which are skipped where there is none."""
+    """Backend and device; conftest skips what this machine cannot run. On the CPU Triton is its interpreter."""
     on_cpu = [pytest.param(name, "cpu", id=name) for name in CPU_BACKENDS]
-    on_gpu = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ("reference", "cuda")]
+    on_gpu = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in GPU_BACKENDS]
     return on_cpu + on_gpu
 
 
@@ -72,8 +74,9 @@ def test_against_a_loop(backend, device, dtype, entry):
 
 @every
 def test_large_enough_for_threads(backend, device):
-    lengths = [(37 * row) % 65 for row in range(200)]
-    padded = random((200, 64, 96), device=device)
+    rows = 20 if (backend, device) == ("triton", "cpu") else 200
+    lengths = [(37 * row) % 65 for row in range(rows)]
+    padded = random((rows, 64, 96), device=device)
     values, cu_seqlens = ops.pack(padded, torch.tensor(lengths), backend=backend)
     assert torch.equal(values, loop_pack(padded, lengths))
     assert torch.equal(ops.unpack(values, cu_seqlens, 64, backend=backend), loop_unpack(values, lengths, 64))
@@ -164,12 +167,13 @@ def test_backends_agree(data):
     dtype = data.draw(st.sampled_from(DTYPES))
     padded = random((len(lengths), max(lengths, default=0), width), dtype)
     expected, cu_seqlens = ops.pack(padded, lengths, backend="reference")
-    assert torch.equal(expected, ops.pack(padded, lengths, backend="cpu")[0])
     cut = ops.unpack(expected, cu_seqlens, length, backend="reference")
-    assert torch.equal(cut, ops.unpack(expected, cu_seqlens, length, backend="cpu"))
     # The raw op packs rows that are longer than the padded side: the backward of a cut.
-    packed = [torch.ops.dove_fast.pack(cut, cu_seqlens, len(expected), name) for name in CPU_BACKENDS]
-    assert torch.equal(*packed)
+    packed = torch.ops.dove_fast.pack(cut, cu_seqlens, len(expected), "reference")
+    for backend in ("cpu", "triton") if interpreted() and why_no_triton() is None else ("cpu",):
+        assert torch.equal(expected, ops.pack(padded, lengths, backend=backend)[0])
+        assert torch.equal(cut, ops.unpack(expected, cu_seqlens, length, backend=backend))
+        assert torch.equal(packed, torch.ops.dove_fast.pack(cut, cu_seqlens, len(expected), backend))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
@@ -255,30 +259,48 @@ def test_wrong_unpack_arguments():
 def test_backends_that_cannot_run():
     with pytest.raises(
         BackendError,
-        match=r"pack: backend 'cuda' needs tensors on a CUDA device, got cpu; available .*: cpu, reference",
+        match=r"pack: backend 'cuda' needs tensors on a CUDA device, got cpu; available .*: cpu, .*reference",
     ):
         ops.pack(torch.zeros(1, 1), [1], backend="cuda")
-    with pytest.raises(
-        BackendError, match="unpack has no 'triton' implementation; available for cpu tensors: cpu, reference"
-    ):
-        ops.unpack(torch.zeros(1, 1), offsets([1]), 1, backend="triton")
 
 
-@pytest.mark.gpu
+WRONG = [[0, 100], [5, -7, 3], [-(2**31), 2**31 - 1, 2], [4, 0]]
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_kernel_reads_nothing_outside_for_a_wrong_cu_seqlens(backend, device, wrong):
+    """The op refuses such a cu_seqlens on the CPU, so the kernels are called themselves: as reference, or as zeros."""
+    from dove_fast.ops.pack import triton_kernel
+
+    # Rows of a larger block of NaN: an element from outside would show.
+    cu_seqlens = torch.tensor([99, *wrong, 99], dtype=torch.int32)[1:-1]
+    values = torch.full((12, 8), torch.nan)[4:8].copy_(random((4, 8)))
+    unpacked = triton_kernel.unpack(values, cu_seqlens, 6)
+    assert unpacked.isfinite().all()
+    padded = torch.full((len(wrong) + 7, 3, 8), torch.nan)[4 : len(wrong) + 3].copy_(random((len(wrong) - 1, 3, 8)))
+    assert triton_kernel.pack(padded, cu_seqlens, 4).isfinite().all()
+
+
+on_gpu = pytest.mark.parametrize("backend", [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")])
+
+
+@on_gpu
 @pytest.mark.parametrize("shift", [0, 1, 2, 4, 8])
-def test_cuda_alignment(shift):
+def test_alignment(backend, shift):
     """Every access width: addresses that are off a 16-byte boundary, and entries of odd sizes."""
     lengths = [3, 0, 9, 5]
     for width in (1, 2, 3, 4, 8, 16, 48, 5000):
         storage = torch.randint(0, 255, (4 * 9 * width + shift,), dtype=torch.uint8, device="cuda")
         padded = storage[shift:].view(4, 9, width)
-        values, cu_seqlens = ops.pack(padded, lengths, backend="cuda")
+        values, cu_seqlens = ops.pack(padded, lengths, backend=backend)
         assert torch.equal(values, loop_pack(padded, lengths))
-        assert torch.equal(ops.unpack(values, cu_seqlens, 9, backend="cuda"), loop_unpack(values, lengths, 9))
+        assert torch.equal(ops.unpack(values, cu_seqlens, 9, backend=backend), loop_unpack(values, lengths, 9))
 
 
-@pytest.mark.gpu
-def test_cuda_runs_on_the_current_stream():
+@on_gpu
+def test_runs_on_the_current_stream(backend):
     stream = torch.cuda.Stream()
     padded = torch.zeros(64, 64, 256, device="cuda")
     torch.cuda.synchronize()
@@ -286,30 +308,30 @@ def test_cuda_runs_on_the_current_stream():
         # On another stream the copy would not wait for this and see zeros.
         torch.cuda._sleep(50_000_000)
         padded.fill_(1)
-        values, cu_seqlens = ops.pack(padded, [64] * 64, backend="cuda")
-        unpacked = ops.unpack(values * 2, cu_seqlens, 64, backend="cuda")
+        values, cu_seqlens = ops.pack(padded, [64] * 64, backend=backend)
+        unpacked = ops.unpack(values * 2, cu_seqlens, 64, backend=backend)
     stream.synchronize()
     assert values.eq(1).all()
     assert unpacked.eq(2).all()
 
 
-@pytest.mark.gpu
-def test_cuda_does_not_synchronise():
+@on_gpu
+def test_does_not_synchronise(backend):
     padded = random((3, 4, 5), device="cuda")
-    ops.pack(padded, [1, 2, 3], backend="cuda")
+    ops.pack(padded, [1, 2, 3], backend=backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values, cu_seqlens = ops.pack(padded, [1, 2, 3], backend="cuda")
-        ops.unpack(values, cu_seqlens, 4, backend="cuda")
+        values, cu_seqlens = ops.pack(padded, [1, 2, 3], backend=backend)
+        ops.unpack(values, cu_seqlens, 4, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("wrong", [[0, 100], [5, -7, 3], [-(2**31), 2**31 - 1, 2], [4, 0]], ids=str)
-def test_cuda_bears_a_wrong_cu_seqlens(wrong):
+@on_gpu
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_bears_a_wrong_cu_seqlens(backend, wrong):
     cu_seqlens = torch.tensor(wrong, dtype=torch.int32, device="cuda")
     values = random((4, 8), device="cuda")
-    ops.unpack(values, cu_seqlens, 6, backend="cuda")
-    torch.ops.dove_fast.pack(random((len(wrong) - 1, 3, 8), device="cuda"), cu_seqlens, 4, "cuda")
+    ops.unpack(values, cu_seqlens, 6, backend=backend)
+    torch.ops.dove_fast.pack(random((len(wrong) - 1, 3, 8), device="cuda"), cu_seqlens, 4, backend)
     torch.cuda.synchronize()

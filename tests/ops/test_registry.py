@@ -63,12 +63,15 @@ def test_unknown_backend_lists_the_valid_ones(name):
         ops.pack(torch.zeros(1, 1), [1], backend=name)
 
 
-def test_environment_sets_the_default(monkeypatch):
+def test_environment_sets_the_default(op, monkeypatch):
     monkeypatch.setenv("DOVE_FAST_BACKEND", "reference")
     assert registry.choose("pack", CPU, torch.float32) == ("reference", "asked for (from DOVE_FAST_BACKEND)")
     assert registry.choose("pack", CPU, torch.float32, "cpu").backend == "cpu"
     monkeypatch.setenv("DOVE_FAST_BACKEND", "triton")
-    with pytest.raises(BackendError, match=r"pack has no 'triton' implementation \(from DOVE_FAST_BACKEND\)"):
+    with pytest.raises(BackendError, match=r"toy has no 'triton' implementation \(from DOVE_FAST_BACKEND\)"):
+        registry.choose(op, CPU, torch.float32)
+    monkeypatch.setenv("DOVE_FAST_BACKEND", "cuda")
+    with pytest.raises(BackendError, match=r"pack: backend 'cuda' \(from DOVE_FAST_BACKEND\) needs tensors"):
         ops.pack(torch.zeros(1, 1), [1])
     assert ops.pack(torch.zeros(1, 1), [1], backend="auto")[0].shape == (1,), "auto is auto, whatever the default"
     monkeypatch.setenv("DOVE_FAST_BACKEND", "fast")

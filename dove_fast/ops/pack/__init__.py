@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.launch import deferred, why_no_triton
 from dove_fast.ops.pack import native, reference
 from dove_fast.ops.registry import Implementation
 
@@ -27,7 +28,7 @@ def pack(padded: Tensor, lengths: Tensor | Sequence[int], *, backend: str | None
     A tensor of lengths on a GPU costs one host read, as they decide the result's shape; a sequence costs none.
     Returns values (total, *) with total = sum of lengths, and cu_seqlens (B + 1,) int32, both on padded's device.
     Differentiable any number of times; the gradient of what was left out is zero.
-    backend: None, "auto", "reference", "cpu" or "cuda".
+    backend: None, "auto", "reference", "cpu", "cuda" or "triton".
     Raises `TypeError` for lengths that are no integers, `ValueError` for a wrong number of lengths, one out of range
     (with its row) or a total beyond int32, `BackendError` where the backend cannot run.
     """
@@ -47,7 +48,7 @@ def unpack(values: Tensor, cu_seqlens: Tensor, length: int, *, backend: str | No
     A row longer than `length` keeps its first `length` entries, so that a GPU needs no host read to check; the
     gradient of what was cut is zero. On the CPU the contents of cu_seqlens are checked; on a GPU a wrong cu_seqlens
     gives wrong values, but nothing outside `values` is read.
-    Differentiable any number of times. backend: None, "auto", "reference", "cpu" or "cuda".
+    Differentiable any number of times. backend: None, "auto", "reference", "cpu", "cuda" or "triton".
     Raises `TypeError` or `ValueError` for a wrong argument, `BackendError` where the backend cannot run.
     """
     if not isinstance(values, Tensor) or not isinstance(cu_seqlens, Tensor):
@@ -183,5 +184,6 @@ for _op in ("pack", "unpack"):
         _op,
         cpu=Implementation(getattr(native, f"{_op}_cpu"), missing=extension.why_no_native),
         cuda=Implementation(getattr(native, f"{_op}_cuda"), missing=extension.why_no_cuda),
+        triton=Implementation(deferred("dove_fast.ops.pack.triton_kernel", _op), missing=why_no_triton),
         reference=Implementation(getattr(reference, _op)),
     )

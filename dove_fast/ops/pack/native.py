@@ -40,7 +40,7 @@ def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
 
 
 def _pack(binding: str, padded: Tensor, cu_seqlens: Tensor, total: int, *place: Any) -> Tensor:
-    if not _items_adjacent(padded):
+    if not items_adjacent(padded):
         padded = padded.contiguous()
     cu_seqlens = cu_seqlens.contiguous()
     batch, length, *entry = padded.shape
@@ -82,7 +82,7 @@ def _unpack(binding: str, values: Tensor, cu_seqlens: Tensor, length: int, *plac
     return padded
 
 
-def _items_adjacent(padded: Tensor) -> bool:
+def items_adjacent(padded: Tensor) -> bool:
     """Whether the items of one entry lie side by side; rows and entries may have any stride (a slice of a batch)."""
     adjacent = 1
     for size, stride in zip(reversed(padded.shape[2:]), reversed(padded.stride()[2:]), strict=True):
