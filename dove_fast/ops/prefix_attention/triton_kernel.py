@@ -86,12 +86,12 @@ def _prefix_attention(
     queries = _turned(q, q_entry, query, there, start + query, cos, sin, HEAD_DIM, ROTARY_DIM, BLOCK_D)
     if CACHED:
         # This tile's own keys and values; nobody reads a cache at or behind `start`.
-        place = (start + query)[:, None].to(tl.int64) * HEAD_DIM + channel[None, :]
-        keys = _turned(k, k_entry, query, there, start + query, cos, sin, HEAD_DIM, ROTARY_DIM, BLOCK_D)
-        tl.store(k_cache + place, keys, mask=there[:, None] & used)
-        source = v + query[:, None].to(tl.int64) * v_entry + channel[None, :]
-        values = tl.load(source, mask=there[:, None] & used, other=0.0)
-        tl.store(v_cache + place, values, mask=there[:, None] & used)
+        own = (start + query)[:, None].to(tl.int64) * HEAD_DIM + channel[None, :]
+        own_keys = _turned(k, k_entry, query, there, start + query, cos, sin, HEAD_DIM, ROTARY_DIM, BLOCK_D)
+        tl.store(k_cache + own, own_keys, mask=there[:, None] & used)
+        own_source = v + query[:, None].to(tl.int64) * v_entry + channel[None, :]
+        own_values = tl.load(own_source, mask=there[:, None] & used, other=0.0)
+        tl.store(v_cache + own, own_values, mask=there[:, None] & used)
 
     # Scores in powers of two. The lowest finite number rather than -inf: a query that sees nothing then has weights
     # 2^-inf = 0, not NaN.
@@ -122,7 +122,7 @@ def _prefix_attention(
             visible = visible & (key[None, :] <= query[:, None])
         largest, total, result = _attend(queries, keys, values, visible, scale, largest, total, result, PRECISION)
 
-    result = tl.where((total == 0)[:, None], 0.0, result / total[:, None])
+    result = result / tl.where(total == 0, 1.0, total)[:, None]
     target = ((begin + query)[:, None].to(tl.int64) * heads + head) * HEAD_DIM + channel[None, :]
     tl.store(out + target, result.to(out.dtype.element_ty), mask=there[:, None] & used)
 
@@ -130,7 +130,8 @@ def _prefix_attention(
 def tile(dtype: torch.dtype, head_dim: int, rotary_dim: int, max_seqlen: int, **flags: bool) -> Tile:
     """Return how calls of these sizes are launched; `flags` are causal, cached and limited.
 
-    fp32 products are not rounded to TF32 ("ieee"), so they run on the FMA units, in smaller tiles.
+    fp32 products are three TF32 ones, of the numbers' upper and lower parts: what is dropped is below 2^-21 of a product,
+    and the tensor cores are used. (As fp32 FMAs, "ieee", the same tiles spill hundreds of bytes.)
     """
     wide = dtype == torch.float32
     largest = 32 if wide or head_dim > 64 else 64
@@ -142,7 +143,7 @@ def tile(dtype: torch.dtype, head_dim: int, rotary_dim: int, max_seqlen: int, **
         "BLOCK_M": block_m,
         "BLOCK_N": 32 if wide else 64,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "PRECISION": "ieee",
+        "PRECISION": "tf32x3" if wide else "ieee",
     }
     return Tile(constants, num_warps=4, num_stages=2)
 
@@ -229,7 +230,7 @@ def cases() -> list[KernelCase]:
                             _prefix_attention,
                             pointers | strides | numbers,
                             chosen,
-                            tensor_cores=dtype != torch.float32,
+                            tensor_cores=True,
                             slow=head_dim != 64 or kind == "limited" or (kind == "decoder" and block < 32),
                         )
                     )
