@@ -1,6 +1,7 @@
 """The fast operators. Each has a plain torch reference, and a `backend` argument that is honoured or refused."""
 
+from dove_fast.ops.group_norm_silu import group_norm_silu
 from dove_fast.ops.pack import pack, unpack
 from dove_fast.ops.vq_lookup import codebook_squares, vq_lookup
 
-__all__ = ["codebook_squares", "pack", "unpack", "vq_lookup"]
+__all__ = ["codebook_squares", "group_norm_silu", "pack", "unpack", "vq_lookup"]
