@@ -161,7 +161,9 @@ def bench_decoder(sides: Sides, compare) -> None:
     def rival() -> Tensor:
         return sides.vq.decoder(sides.vq.post_quant_conv(sides.quantized))
 
-    assert_close(sides.ours.vqgan.decode(sides.quantized), rival())
+    # Codewords that outweigh the random biases; tests/parity/test_vqgan.py says why.
+    large = 100 * sides.quantized
+    assert_close(sides.ours.vqgan.decode(large), sides.vq.decoder(sides.vq.post_quant_conv(large)))
     compare(
         lambda: sides.ours.vqgan.decode(sides.quantized),
         rival,

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dove/cuda_error.h"
+#include "dove/group_norm_silu.h"
 #include "dove/isa.h"
 #include "dove/pack.h"
 #include "dove/prefix_attention.h"
@@ -151,6 +152,29 @@ void prefix_attention_cpu(std::array<uintptr_t, 4> data, std::array<std::array<i
   DOVE_CPU_KERNEL(prefix_attention)(params, chosen);
 }
 
+void group_norm_silu_cpu(uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd,
+                         int64_t batch, int64_t channels, int64_t spatial, int64_t groups, double eps,
+                         bool channels_last, bool silu, int dtype, int num_threads, const std::string& isa) {
+  const dove::GroupNormSiluParams params{reinterpret_cast<const void*>(x),
+                                         reinterpret_cast<void*>(out),
+                                         reinterpret_cast<const float*>(weight),
+                                         reinterpret_cast<const float*>(bias),
+                                         reinterpret_cast<float*>(mean),
+                                         reinterpret_cast<float*>(rstd),
+                                         batch,
+                                         channels,
+                                         spatial,
+                                         groups,
+                                         eps,
+                                         channels_last,
+                                         silu,
+                                         static_cast<dove::Dtype>(dtype),
+                                         num_threads};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(group_norm_silu)(params, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -171,6 +195,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
   module.def("prefix_attention_cpu", &prefix_attention_cpu);
   module.def("vq_lookup_cpu", &vq_lookup_cpu);
+  module.def("group_norm_silu_cpu", &group_norm_silu_cpu);
 #ifdef DOVE_CUDA
   module.def("pack_cuda", cuda_pack(&dove::cuda::pack));
   module.def("unpack_cuda", cuda_pack(&dove::cuda::unpack));

@@ -6,6 +6,7 @@ Shape suffixes: B images, C feature channels, h and w the feature grid's sides, 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ def _group_norm(config: VQGANConfig, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_num_groups, channels, eps=GROUP_NORM_EPS)
 
 
+def _normalise(norm: nn.GroupNorm, x: Tensor, activation: Literal["silu"] | None = "silu") -> Tensor:
+    """Normalise x (B, C, *) with the parameters of `norm`, then apply SiLU; the result has x's memory layout."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=activation)
+
+
 class ResnetBlock(nn.Module):
     """Two rounds of GroupNorm, SiLU and a 3x3 convolution, added to the input (through a 1x1 if widths differ)."""
 
@@ -36,8 +42,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(_normalise(self.norm1, x))
+        hidden = self.conv2(_normalise(self.norm2, hidden))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + hidden
 
@@ -57,7 +63,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, h, w) -> the same shape."""
         batch, channels, height, width = x.shape
-        hidden = self.group_norm(x.reshape(batch, channels, height * width)).transpose(1, 2)
+        hidden = _normalise(self.group_norm, x.reshape(batch, channels, height * width), None).transpose(1, 2)
         attended = F.scaled_dot_product_attention(
             self.to_q(hidden).unsqueeze(1), self.to_k(hidden).unsqueeze(1), self.to_v(hidden).unsqueeze(1)
         ).squeeze(1)
@@ -165,7 +171,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(_normalise(self.conv_norm_out, x))
         return out
 
 
@@ -197,7 +203,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(_normalise(self.conv_norm_out, x))
         return out
 
 

@@ -130,8 +130,8 @@ def _prefix_attention(
 def tile(dtype: torch.dtype, head_dim: int, rotary_dim: int, max_seqlen: int, **flags: bool) -> Tile:
     """Return how calls of these sizes are launched; `flags` are causal, cached and limited.
 
-    fp32 products are three TF32 ones, of the numbers' upper and lower parts: what is dropped is below 2^-21 of a product,
-    and the tensor cores are used. (As fp32 FMAs, "ieee", the same tiles spill hundreds of bytes.)
+    fp32 products are three TF32 ones, of the numbers' upper and lower parts: what is dropped is below 2^-21 of a
+    product, and the tensor cores are used. (As fp32 FMAs, "ieee", the same tiles spill hundreds of bytes.)
     """
     wide = dtype == torch.float32
     largest = 32 if wide or head_dim > 64 else 64

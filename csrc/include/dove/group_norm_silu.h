@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+#include "dove/dispatch.h"
+#include "dove/dtype.h"
+
+namespace dove {
+
+// Group normalisation, scale and shift by channel, then SiLU if asked.
+struct GroupNormSiluParams {
+  const void* x;        // in `dtype`, contiguous: (batch, spatial, channels) if channels_last, else (batch, channels, spatial)
+  void* out;            // like x; may not overlap it
+  const float* weight;  // (channels,)
+  const float* bias;    // (channels,)
+  float* mean;          // (batch, groups): written
+  float* rstd;          // (batch, groups): written, 1 / sqrt(variance + eps)
+  int64_t batch;
+  int64_t channels;  // a multiple of `groups`
+  int64_t spatial;
+  int64_t groups;
+  double eps;
+  bool channels_last;
+  bool silu;
+  Dtype dtype;
+  int num_threads;
+};
+
+DOVE_DECLARE_CPU_KERNEL(group_norm_silu, GroupNormSiluParams)
+
+}  // namespace dove

@@ -1,0 +1,170 @@
+"""group_norm_silu: group normalisation and SiLU in one pass, in the layout that the input has."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dove_fast import native as extension
+from dove_fast.ops import registry
+from dove_fast.ops.group_norm_silu import native, reference
+from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
+from dove_fast.ops.registry import Implementation
+
+__all__ = ["group_norm_silu"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    activation: Literal["silu"] | None = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise groups of channels to mean 0 and variance 1, scale and shift each channel, then apply SiLU.
+
+    x: (B, C, *) float64, float32, bfloat16 or float16, any number of dimensions behind C; weight and bias: (C,) in x's
+    dtype or float32, on x's device; C is a multiple of `num_groups`. Returns a tensor of x's shape and dtype:
+    channels-last where x is (in memory (B, *, C)), else contiguous; an x that is neither is copied first.
+    `activation=None` leaves SiLU out.
+    The mean and variance are those of each image's group (biased variance, `eps` added to it), summed in fp32 around a
+    value of the data, so that a mean far from 0 costs no precision; an image's result depends on neither the rest of
+    the batch nor the number of threads, bit for bit. NaN or infinity in a group makes the group NaN.
+    Memory traffic: x is read twice, the second time from the cache where a group (contiguous) or an image
+    (channels-last) fits there; the result is written once; nothing else of x's size is allocated.
+    Backward for x, weight and bias keeps x and the statistics, and computes the normalised activations again. A second
+    derivative is not implemented: asking for one raises.
+    backend: None, "auto", "reference", "cpu" or "triton" (the last two not for float64).
+    Raises `TypeError` for other dtypes, `ValueError` for shapes that do not fit, an unknown activation or tensors on
+    different devices, `BackendError` where the backend cannot run.
+    Source: METHOD section 1, the VQGAN's GroupNorm(32) + SiLU; Wu and He, Group Normalization (arXiv 1803.08494).
+    """
+    _check(x, num_groups, weight, bias, activation)
+    out, _, _ = torch.ops.dove_fast.group_norm_silu(x, num_groups, weight, bias, eps, activation, backend)
+    return out
+
+
+def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, activation: str | None) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {_name(x.dtype)}")
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
+    channels = x.shape[1]
+    if num_groups < 1 or channels < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name} must be {_name(x.dtype)} like x, or float32, got {_name(tensor.dtype)}")
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_LIBRARY = torch.library.Library("dove_fast", "FRAGMENT")
+_LIBRARY.define(
+    "group_norm_silu(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, str? activation,"
+    " str? backend=None) -> (Tensor out, Tensor mean, Tensor rstd)"
+)
+
+
+def _group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    function = registry.implementation("group_norm_silu", backend, x)
+    out, mean, rstd = function(x, num_groups, weight, bias, eps, activation)
+    return out, mean, rstd
+
+
+_LIBRARY.impl("group_norm_silu", _group_norm_silu, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dove_fast::group_norm_silu", lib=_LIBRARY)
+def _fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((x.shape[0], num_groups), dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(reference.dense(x)), statistics, torch.empty_like(statistics)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _backward(ctx: Any, grad: Tensor, _mean: Tensor | None, _rstd: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    batch, channels, *space = x.shape
+    # aten takes channels-last on the CPU alone, and statistics in its input's dtype.
+    on_cpu = x.dim() == 4 and x.device.type == "cpu" and reference.channels_innermost(x)
+    layout = torch.channels_last if on_cpu else torch.contiguous_format
+    wide_x, wide_weight = x.to(mean.dtype).contiguous(memory_format=layout), weight.to(mean.dtype)
+    grad = grad.to(mean.dtype)
+    if ctx.activation == "silu":
+        normalised, _, _ = torch.ops.dove_fast.group_norm_silu(
+            wide_x, ctx.num_groups, wide_weight, bias.to(mean.dtype), ctx.eps, None, ctx.backend
+        )
+        grad = torch.ops.aten.silu_backward(grad, normalised)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+        grad.contiguous(memory_format=layout),
+        wide_x,
+        mean,
+        rstd,
+        wide_weight,
+        batch,
+        channels,
+        torch.Size(space).numel(),
+        ctx.num_groups,
+        [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]],
+    )
+    grads = [
+        None if g is None else g.to(tensor.dtype)
+        for g, tensor in ((grad_x, x), (grad_weight, weight), (grad_bias, bias))
+    ]
+    return grads[0], None, grads[1], grads[2], None, None, None
+
+
+torch.library.register_autograd("dove_fast::group_norm_silu", _backward, setup_context=_save, lib=_LIBRARY)
+
+registry.register(
+    "group_norm_silu",
+    cpu=Implementation(
+        native.group_norm_silu_cpu, missing=extension.why_no_native, dtypes=frozenset(native.DTYPE_CODES)
+    ),
+    triton=Implementation(
+        deferred("dove_fast.ops.group_norm_silu.triton_kernel", "group_norm_silu"),
+        missing=why_no_triton,
+        dtypes=frozenset(TRITON_TYPES),
+    ),
+    reference=Implementation(reference.group_norm_silu),
+)

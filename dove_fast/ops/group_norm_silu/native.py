@@ -1,0 +1,43 @@
+"""group_norm_silu in the native module; `csrc/cpu/group_norm_silu.cpp` says in which order the sums are taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dove_fast import native
+from dove_fast.ops.group_norm_silu.reference import channels_innermost, dense
+
+# The dtypes of x that the kernel takes, and their numbers there.
+DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
+
+
+def group_norm_silu_cpu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, *, _isa: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.group_norm_silu`, for CPU tensors. `_isa` names the instruction set, for tests; "" is the best."""
+    x = dense(x)
+    batch, channels = x.shape[:2]
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    out = torch.empty_like(x)
+    mean = torch.empty(batch, num_groups)
+    rstd = torch.empty(batch, num_groups)
+    native.load().group_norm_silu_cpu(
+        x.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        batch,
+        channels,
+        x.shape[2:].numel(),
+        num_groups,
+        eps,
+        channels_innermost(x),
+        activation == "silu",
+        DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+        _isa,
+    )
+    return out, mean, rstd
