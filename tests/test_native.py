@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import resource_table
 import torch
 
 import dove_fast
@@ -54,31 +55,18 @@ def test_one_openmp_runtime():
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1
 
 
-def find_cuobjdump() -> str | None:
-    """On PATH, or the one that Triton brings."""
-    path = shutil.which("cuobjdump")
-    spec = importlib.util.find_spec("triton")
-    if path is None and spec is not None and spec.origin is not None:
-        path = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
-    return path
-
-
 def test_architectures_in_the_binary():
     if not dove_fast.build_info()["cuda"]:
         pytest.skip(dove_fast.build_info()["cuda_reason"])
-    cuobjdump = find_cuobjdump()
+    cuobjdump = resource_table.cuobjdump()
     if cuobjdump is None:
-        pytest.skip("needs cuobjdump, on PATH or beside Triton")
+        pytest.skip("needs cuobjdump, beside Triton or on PATH")
     binary = native.load().__file__
     usage = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
     listing = subprocess.run([cuobjdump, "--list-ptx", binary], capture_output=True, text=True, check=True)
     for arch in dove_fast.build_info()["cuda_archs"]:
         name, kind = arch.split("-")
         assert (f"arch = sm_{name}\n" if kind == "real" else f".sm_{name}.ptx") in usage.stdout + listing.stdout
-    # No kernel keeps its registers in memory.
-    stacks = re.findall(r"REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", usage.stdout)
-    assert len(stacks) >= 3 * 2
-    assert set(stacks) == {("0", "0")}
 
 
 ADDRESSES = (0, 0, 0, 1, 1, 1, 16, 16, 16)
@@ -119,7 +107,7 @@ def test_package_without_the_module():
     message = python(WITHOUT_MODULE)
     assert "pack: backend 'cpu' cannot run: the native module dove_fast._C cannot be imported" in message
     assert "pip install -e ." in message
-    assert message.strip().endswith("available for cpu tensors: reference")
+    assert re.search(r"available for cpu tensors: (triton, )?reference$", message.strip())
 
 
 def test_module_of_another_version(monkeypatch):

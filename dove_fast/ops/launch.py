@@ -43,6 +43,7 @@ class KernelCase:
     argument that is not in `tile.constants`, by name, as Triton writes it: "*fp32", "i32", with ":16" behind it where
     the address or number is always a multiple of 16. `tensor_cores`: matrix products that must run on them.
     `archs`: the compute capabilities that this tile is launched on. `slow` cases are compiled by `-m slow` alone.
+    `spill_bytes`: how much of its registers a thread may keep in memory; more than 0 needs a reason beside it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class KernelCase:
     tensor_cores: bool = False
     archs: tuple[int, ...] = field(default=ARCHS)
     slow: bool = False
+    spill_bytes: int = 0
 
 
 @functools.cache

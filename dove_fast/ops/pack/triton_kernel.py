@@ -19,9 +19,10 @@ from dove_fast.ops.pack.native import items_adjacent
 # The integers that stand for items of so many bytes: in torch and in Triton.
 _INTEGERS = {1: (torch.uint8, "u8"), 2: (torch.int16, "i16"), 4: (torch.int32, "i32"), 8: (torch.int64, "i64")}
 
-# Items of one entry in a tile; with 2048 items in all, a thread of 128 has 16, in 16-byte accesses where they align.
+# Items of one entry in a tile; of 2048 items in all, a thread of 128 has 16, in 16-byte accesses where they align.
+# Narrow entries are fewer, as the search for each one's row takes registers.
 _WIDTHS = (1, 16, 128)
-_TILE_ITEMS = 2048
+_TILE_ITEMS, _MOST_ENTRIES = 2048, 512
 
 
 @triton.jit
@@ -148,7 +149,8 @@ def _as_integers(tensor: Tensor) -> Tensor:
 def _tile_for(items: int) -> Tile:
     """Return the tile for entries of so many items."""
     width = next((width for width in _WIDTHS if width >= items), _WIDTHS[-1])
-    return Tile({"ENTRIES": _TILE_ITEMS // width, "ITEMS": width}, num_warps=4, num_stages=1)
+    entries = min(_TILE_ITEMS // width, _MOST_ENTRIES)
+    return Tile({"ENTRIES": entries, "ITEMS": width}, num_warps=4, num_stages=1)
 
 
 def _grid(entries: int, items: int, tile: Tile) -> tuple[int]:
