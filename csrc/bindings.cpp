@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dove/cuda_error.h"
+#include "dove/eos_scan.h"
 #include "dove/group_norm_silu.h"
 #include "dove/isa.h"
 #include "dove/pack.h"
@@ -175,6 +176,28 @@ void group_norm_silu_cpu(uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t
   DOVE_CPU_KERNEL(group_norm_silu)(params, chosen);
 }
 
+void eos_scan_cpu(uintptr_t states, int64_t state_stride, uintptr_t cu_seqlens, uintptr_t weight, uintptr_t bias,
+                  float limit, uintptr_t steps, int32_t max_length, uintptr_t logits, uintptr_t lengths, int64_t rows,
+                  int64_t width, int dtype, int num_threads, const std::string& isa) {
+  const dove::EosScanParams params{reinterpret_cast<const void*>(states),
+                                   state_stride,
+                                   reinterpret_cast<const int32_t*>(cu_seqlens),
+                                   reinterpret_cast<const float*>(weight),
+                                   *reinterpret_cast<const float*>(bias),
+                                   limit,
+                                   reinterpret_cast<const int32_t*>(steps),
+                                   max_length,
+                                   reinterpret_cast<float*>(logits),
+                                   reinterpret_cast<int32_t*>(lengths),
+                                   rows,
+                                   width,
+                                   static_cast<dove::Dtype>(dtype),
+                                   num_threads};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(eos_scan)(params, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -193,6 +216,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("pack_cpu", cpu_pack(DOVE_CPU_KERNEL(pack)));
   module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
+  module.def("eos_scan_cpu", &eos_scan_cpu);
   module.def("prefix_attention_cpu", &prefix_attention_cpu);
   module.def("vq_lookup_cpu", &vq_lookup_cpu);
   module.def("group_norm_silu_cpu", &group_norm_silu_cpu);
