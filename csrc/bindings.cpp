@@ -11,6 +11,7 @@
 #include "dove/eos_scan.h"
 #include "dove/group_norm_silu.h"
 #include "dove/isa.h"
+#include "dove/layer_norm_pair.h"
 #include "dove/pack.h"
 #include "dove/prefix_attention.h"
 #include "dove/vq_lookup.h"
@@ -118,6 +119,36 @@ int64_t vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintp
   return undecided;
 }
 
+// Addresses are 0 for what is not given: terms (x, two addends), outputs (total, y1, y2), statistics (mean, rstd),
+// parameters (weight1, bias1, weight2, bias2).
+void layer_norm_pair_cpu(std::array<uintptr_t, 3> terms, std::array<int64_t, 3> row_strides,
+                         std::array<uintptr_t, 3> outputs, std::array<uintptr_t, 2> statistics,
+                         std::array<uintptr_t, 4> parameters, int64_t rows, int64_t width, float eps, int dtype,
+                         int num_threads, const std::string& isa) {
+  const auto parameter = [&](int index) { return reinterpret_cast<const float*>(parameters[index]); };
+  const dove::LayerNormPairParams params{
+      {reinterpret_cast<const void*>(terms[0]), reinterpret_cast<const void*>(terms[1]),
+       reinterpret_cast<const void*>(terms[2])},
+      {row_strides[0], row_strides[1], row_strides[2]},
+      reinterpret_cast<void*>(outputs[0]),
+      reinterpret_cast<void*>(outputs[1]),
+      reinterpret_cast<void*>(outputs[2]),
+      reinterpret_cast<float*>(statistics[0]),
+      reinterpret_cast<float*>(statistics[1]),
+      parameter(0),
+      parameter(1),
+      parameter(2),
+      parameter(3),
+      rows,
+      width,
+      eps,
+      static_cast<dove::Dtype>(dtype),
+      num_threads};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(layer_norm_pair)(params, chosen);
+}
+
 // The tensors' addresses come as tuples, 0 for one that is not given: (q, k, v, out), their strides (entry, head) for
 // q, k and v, (cu_seqlens, cos, sin), (k_cache, v_cache, slots, starts, key_lengths).
 void prefix_attention_cpu(std::array<uintptr_t, 4> data, std::array<std::array<int64_t, 2>, 3> strides,
@@ -214,6 +245,7 @@ PYBIND11_MODULE(_C, module) {
   });
   py::register_local_exception_translator(&translate);
 
+  module.def("layer_norm_pair_cpu", &layer_norm_pair_cpu);
   module.def("pack_cpu", cpu_pack(DOVE_CPU_KERNEL(pack)));
   module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
   module.def("eos_scan_cpu", &eos_scan_cpu);
