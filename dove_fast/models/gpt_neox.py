@@ -5,11 +5,15 @@ Shape suffixes: B rows, S positions, H heads, D channels a head, d = H * D.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dove_fast.config import GPTNeoXConfig
+from dove_fast.ops import layer_norm_pair
 
 __all__ = ["GPTNeoX", "rotary_table", "rotate", "step_embeddings"]
 
@@ -85,7 +89,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One parallel-residual layer: attention and MLP both read the layer's input, and both are added to it."""
+    """One parallel-residual layer: attention and MLP both read the layer's input, and both are added to it.
+
+    Its norms and the sum are the stack's: the sum of one layer and the norms of the next are one pass.
+    """
 
     def __init__(self, config: GPTNeoXConfig) -> None:
         super().__init__()
@@ -94,11 +101,35 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, causal: bool, key_mask: Tensor | None = None) -> Tensor:
-        """(B, S, d) -> (B, S, d)."""
-        attended = self.attention(self.input_layernorm(x), cos, sin, causal=causal, key_mask=key_mask)
-        out: Tensor = self.mlp(self.post_attention_layernorm(x)) + attended + x
-        return out
+    def forward(
+        self,
+        for_attention: Tensor,
+        for_mlp: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        causal: bool,
+        key_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is added to the layer's input x (B, S, d), first to last, for its two norms (B, S, d) of x."""
+        attended = self.attention(for_attention, cos, sin, causal=causal, key_mask=key_mask)
+        return self.mlp(for_mlp), attended
+
+
+def add_and_normalise(
+    x: Tensor, addends: tuple[Tensor, ...], first: nn.LayerNorm, second: nn.LayerNorm | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return x with the addends, and its norms; None for a second one that is not given."""
+    return layer_norm_pair(
+        x,
+        first.weight,
+        first.bias,
+        None if second is None else second.weight,
+        None if second is None else second.bias,
+        # Under autocast x may be wider than what the layers give.
+        addends=[addend.to(x.dtype) for addend in addends],
+        eps=first.eps,
+    )
 
 
 class GPTNeoX(nn.Module):
@@ -133,7 +164,11 @@ class GPTNeoX(nn.Module):
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         cos, sin = rotary_table(positions, self.config)
         x = inputs_embeds
-        for layer in self.layers:
-            x = layer(x, cos, sin, causal=self.causal, key_mask=key_mask)
-        states: Tensor = self.final_layer_norm(x)
+        addends: tuple[Tensor, ...] = ()
+        for layer in cast("Iterable[Layer]", self.layers):
+            x, for_attention, for_mlp = add_and_normalise(
+                x, addends, layer.input_layernorm, layer.post_attention_layernorm
+            )
+            addends = layer(for_attention, for_mlp, cos, sin, causal=self.causal, key_mask=key_mask)
+        _, states, _ = add_and_normalise(x, addends, self.final_layer_norm)
         return states

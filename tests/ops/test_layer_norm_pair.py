@@ -21,7 +21,9 @@ every = pytest.mark.parametrize(
     [
         pytest.param("reference", "cpu", id="reference"),
         pytest.param("cpu", "cpu", id="cpu"),
+        pytest.param("triton", "cpu", id="triton-interpreted"),
         pytest.param("reference", "cuda", id="reference-gpu", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
     ],
 )
 counts = pytest.mark.parametrize("count", [0, 1, 2], ids="{} addends".format)
@@ -116,6 +118,25 @@ def test_mean_far_from_zero(backend, device, eps):
     assert_right([terms[0] + 1000], parameters, backend, eps)
     terms, parameters = make((6, 300), 2, False, device=device)
     assert_right([terms[0] + 1000, terms[1] + 500, terms[2]], parameters, backend, eps)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [every.args[1][2], every.args[1][4]], ids=["triton-interpreted", "triton"]
+)
+@counts
+def test_rows_in_pieces(backend, device, count, monkeypatch):
+    """Rows that are wider than Triton holds whole."""
+    pytest.importorskip("triton")
+    from dove_fast.ops.layer_norm_pair import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "_WIDEST", 32)
+    monkeypatch.setattr(triton_kernel, "_PIECE", 32)
+    for shape, dtype in (((3, 100), torch.float32), ((2, 64), torch.float16), ((2, 33), torch.float32)):
+        for pair in (True, False):
+            assert_right(*make(shape, count, pair, device=device, dtype=dtype), backend)
+    terms, parameters = make((3, 100), count, True, device=device)
+    terms[0] += 1000
+    assert_right(terms, parameters, backend)
 
 
 @every

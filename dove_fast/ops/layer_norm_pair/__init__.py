@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.layer_norm_pair import native, reference
 from dove_fast.ops.registry import Implementation
 
@@ -43,7 +44,7 @@ def layer_norm_pair(
     2 R + 2 W, together 6 R + 4 W; this takes 3 R + 3 W. The MLP's bias and GELU are not joined with anything: the bias
     is in its matrix product's epilogue already, and GELU alone is one pass, which only a fused matrix product saves.
     Everything but eps has gradients.
-    backend: None, "auto", "reference" or "cpu" (float64 always goes to the reference).
+    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
     Raises `TypeError` for another type or dtype, `ValueError` for shapes that do not fit, more than two addends, one of
     weight2 and bias2 alone or tensors on different devices, `BackendError` where the backend cannot run.
     Source: METHOD section 2, GPT-NeoX with its parallel residual; Ba, Kiros, Hinton, Layer Normalization
@@ -246,6 +247,11 @@ registry.register(
         native.layer_norm_pair_cpu,
         missing=extension.why_no_native,
         dtypes=frozenset((*native.DTYPE_CODES, torch.float64)),
+    ),
+    triton=Implementation(
+        deferred("dove_fast.ops.layer_norm_pair.triton_kernel", "layer_norm_pair"),
+        missing=why_no_triton,
+        dtypes=frozenset(TRITON_TYPES),
     ),
     reference=Implementation(reference.layer_norm_pair),
 )
