@@ -9,7 +9,7 @@ import torch
 from diffusers import VQModel
 from tolerances import RELATIVE, assert_close, relative_error
 from torch import Tensor
-from upstream import AMUSED_VQ, PYTHIA_14M, SMALL_VQ, TAMING_VQ, make_neox, make_vq, save
+from upstream import AMUSED_VQ, PYTHIA_14M, SMALL_VQ, TAMING_VQ, make_neox, make_vq, plain_convolutions, save
 
 from dove_fast import DOVE
 from dove_fast.models.vqgan import VQGAN
@@ -44,7 +44,8 @@ def test_state_dict_is_theirs(pair):
 
 @torch.no_grad()
 def test_encoder(pair):
-    assert_close(pair.ours.encode(pair.images), pair.theirs.encode(pair.images).latents)
+    with plain_convolutions():
+        assert_close(pair.ours.encode(pair.images), pair.theirs.encode(pair.images).latents)
 
 
 def squared_distances(features: Tensor, codebook: Tensor) -> Tensor:
@@ -79,9 +80,10 @@ def test_decoder(pair):
     """Codewords drawn at random: those of a picture alone make this decoder an ill-conditioned one, see below."""
     codebook = pair.theirs.quantize.embedding.weight
     side = pair.images.shape[-1] // 16
-    drawn = torch.randint(len(codebook), (2, side, side), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(len(codebook), (1, side, side), generator=torch.Generator().manual_seed(0))
     quantized = codebook[drawn].permute(0, 3, 1, 2).contiguous()
-    assert_close(pair.ours.decode(quantized), theirs_decode(pair, quantized))
+    with plain_convolutions():
+        assert_close(pair.ours.decode(quantized), theirs_decode(pair, quantized))
 
 
 @torch.no_grad()
