@@ -14,7 +14,7 @@
 // How far a score can be from the true one, with unit roundoff u = 2^-24: a sum of width + 1 terms in any order is off
 // by g (|c|^2 / 2 + |x| |c|), g = (width + 1) u / (1 - (width + 1) u), and |c|^2 / 2 itself by its own sum's rounding,
 // another g |c|^2 / 2. So the code is the fp64 argmin wherever the runner-up's score is further away than twice
-// 2 g (|c|^2 / 2 + |x| |c|), and within that everywhere. Overflow is noticed (kUndecided).
+// 2 g (|c|^2 / 2 + |x| |c|), and within that everywhere. Rows that could overflow are kUndecided.
 namespace dove::DOVE_ISA_NAMESPACE {
 namespace {
 
@@ -39,6 +39,8 @@ constexpr int kPanelRows = kVectors * kLanes;
 constexpr int64_t kBlockFloats = int64_t{1} << 16;
 
 constexpr float kNone = -__builtin_inff();
+// Below it no rounding makes a sum overflow.
+constexpr float kLargest = 1e38f;
 
 // The best codeword so far of each row in the lanes.
 struct Best {
@@ -205,31 +207,43 @@ void search_few(const VqLookupParams& p, int64_t row, int64_t count, Words words
   search(p, row, words, panel, scores, codes);
 }
 
+// |x|^2 of a row, NaN or infinity where an element is not finite.
 template <typename T>
-bool all_finite(const T* row, int64_t width) {
-  // x - x is 0 for a finite x, NaN for any other.
-  Vec differences = {};
+float sum_of_squares(const T* row, int64_t width) {
+  Vec squares = {};
   int64_t column = 0;
   for (; column + kLanes <= width; column += kLanes) {
     const Vec x = load(row + column);
-    differences += x - x;
+    squares = fma(x, x, squares);
   }
   if (column < width) {
     const Vec x = load_part(row + column, width - column);
-    differences += x - x;
+    squares = fma(x, x, squares);
   }
-  return sum(differences) == 0.0f;
+  return sum(squares);
 }
 
-// Writes the row's code and codeword; returns whether it is decided.
 template <typename T>
-bool finish_row(const VqLookupParams& p, int64_t row, float score, int32_t code) {
+bool all_finite(const T* row, int64_t width) {
+  for (int64_t column = 0; column < width; ++column) {
+    const float x = load_one(row + column);
+    if (!(x - x == 0.0f)) return false;
+  }
+  return true;
+}
+
+// Writes the row's code and codeword; returns whether it is decided. `longest` is the largest |c|^2.
+template <typename T>
+bool finish_row(const VqLookupParams& p, int64_t row, float longest, int32_t code) {
+  const T* x = static_cast<const T*>(p.rows) + row * p.row_stride;
   int64_t chosen = code;
-  if (!all_finite(static_cast<const T*>(p.rows) + row * p.row_stride, p.width)) {
+  // Every partial sum of a score is at most |x| |c| + |c|^2 / 2 <= |x|^2 + |c|^2.
+  if (!(sum_of_squares(x, p.width) + longest < kLargest)) {
+    if (all_finite(x, p.width)) {
+      p.codes[row] = kUndecided;
+      return false;
+    }
     chosen = 0;
-  } else if (!(score - score == 0.0f)) {
-    p.codes[row] = kUndecided;
-    return false;
   }
   p.codes[row] = chosen;
   const float* word = p.words + chosen * p.width;
@@ -271,6 +285,9 @@ void search(const VqLookupParams& p) {
     }
   });
 
+  float longest = 0.0f;
+  // NaN is no size.
+  for (int64_t word = 0; word < p.num_words; ++word) longest = p.squares[word] > longest ? p.squares[word] : longest;
   std::atomic<int64_t> total_undecided = 0;
   parallel_ranges(p.num_rows, kGrain / (4 * p.width) + 1, p.num_threads, [&](int64_t begin, int64_t end) {
     int64_t undecided = 0;
@@ -279,7 +296,7 @@ void search(const VqLookupParams& p) {
       for (int64_t at = row + p.num_rows; at < p.num_rows * splits; at += p.num_rows) {
         if (scores[at] > scores[best]) best = at;
       }
-      undecided += !finish_row<T>(p, row, scores[best], codes[best]);
+      undecided += !finish_row<T>(p, row, longest, codes[best]);
     }
     total_undecided += undecided;
   });
