@@ -112,12 +112,39 @@ int64_t vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintp
                                     num_words,
                                     width,
                                     static_cast<dove::Dtype>(dtype),
-                                    num_threads};
+                                    num_threads,
+                                    false,
+                                    0,
+                                    nullptr};
   const dove::Isa chosen = dove::isa_by_name(isa);
   const py::gil_scoped_release release;
   DOVE_CPU_KERNEL(vq_lookup)(params, chosen);
   return undecided;
 }
+
+#ifdef DOVE_CUDA
+void vq_lookup_cuda(uintptr_t rows, int64_t row_stride, uintptr_t words, uintptr_t squares, uintptr_t codes,
+                    uintptr_t quantized, int64_t num_rows, int64_t num_words, int64_t width, int dtype,
+                    bool words_rounded, int64_t num_ranges, uintptr_t scratch, int device, uintptr_t stream) {
+  const dove::VqLookupParams params{reinterpret_cast<const void*>(rows),
+                                    row_stride,
+                                    reinterpret_cast<const float*>(words),
+                                    reinterpret_cast<const float*>(squares),
+                                    reinterpret_cast<int64_t*>(codes),
+                                    reinterpret_cast<void*>(quantized),
+                                    nullptr,
+                                    num_rows,
+                                    num_words,
+                                    width,
+                                    static_cast<dove::Dtype>(dtype),
+                                    0,
+                                    words_rounded,
+                                    num_ranges,
+                                    reinterpret_cast<void*>(scratch)};
+  const py::gil_scoped_release release;
+  dove::cuda::vq_lookup(params, device, reinterpret_cast<void*>(stream));
+}
+#endif
 
 // Addresses are 0 for what is not given: terms (x, two addends), outputs (total, y1, y2), statistics (mean, rstd),
 // parameters (weight1, bias1, weight2, bias2).
@@ -255,5 +282,9 @@ PYBIND11_MODULE(_C, module) {
 #ifdef DOVE_CUDA
   module.def("pack_cuda", cuda_pack(&dove::cuda::pack));
   module.def("unpack_cuda", cuda_pack(&dove::cuda::unpack));
+  module.attr("vq_lookup_words_a_tile") = dove::kVqLookupWordsATile;
+  module.attr("vq_lookup_rows_a_block") = dove::kVqLookupRowsABlock;
+  module.def("vq_lookup_scratch_bytes", &dove::vq_lookup_scratch_bytes);
+  module.def("vq_lookup_cuda", &vq_lookup_cuda);
 #endif
 }

@@ -32,6 +32,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # HMMA, IMMA, DMMA and their like up to 8.9, HGMMA and its like on 9.0, UTCHMMA and its like on 10.0.
 TENSOR_CORE = re.compile(r"(UTC)?[A-Z]+G?MMA")
 
+# CUDA kernels whose products must run on them.
+MATRIX_KERNELS = ("search_kernel",)
+
 Row = dict[str, Any]
 
 
@@ -104,7 +107,7 @@ def cuda_rows() -> tuple[list[Row], str | None]:
         return [], reason
     rows = read_binary(tool, Path(str(native.load().__file__)))
     for row, name in zip(rows, _demangled([row["kernel"] for row in rows]), strict=True):
-        row.update(name=name, backend="cuda", tensor_cores=False, spill_bytes_allowed=0)
+        row.update(name=name, backend="cuda", tensor_cores=name.startswith(MATRIX_KERNELS), spill_bytes_allowed=0)
     return rows, None
 
 

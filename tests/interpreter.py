@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,3 +12,20 @@ def skip_wrong_arithmetic(backend: str, device: str, dtype: torch.dtype) -> None
     """Skip where Triton's interpreter would compute in bf16: its products and casts are wrong, silently."""
     if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes wrongly in bf16; a GPU runs this")
+
+
+def uniform_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum every element of `tl.dot` in one order, column after column, as tensor cores do.
+
+    NumPy's matrix product sums the elements at a matrix's edge in another order than those inside, so that equal
+    columns give unequal results.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        total = d.data.copy()
+        for column in range(a.data.shape[-1]):
+            total += a.data[:, column, None].astype(total.dtype) * b.data[None, column].astype(total.dtype)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)

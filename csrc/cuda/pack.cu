@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "launch.h"
+#include "warp.h"
 
 namespace dove::cuda {
 namespace {
@@ -60,7 +61,7 @@ void launch(void (*kernel)(PackParams, int64_t), const PackParams& p, int64_t en
   while (along < vectors && along < kThreads) along *= 2;
   const dim3 threads(along, kThreads / along);
   const int64_t blocks = std::min((entries + threads.y - 1) / threads.y, kMaxBlocks);
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p, vectors);
+  launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), threads, stream, p, vectors);
 }
 
 // The widest access, up to 16 bytes, that divides every address the kernels form.

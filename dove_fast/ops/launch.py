@@ -18,7 +18,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["ARCHS", "TRITON_TYPES", "KernelCase", "Tile", "deferred", "interpreted", "launch", "why_no_triton"]
+__all__ = [
+    "ARCHS",
+    "TRITON_TYPES",
+    "KernelCase",
+    "Tile",
+    "arch_of",
+    "deferred",
+    "interpreted",
+    "launch",
+    "num_processors",
+    "why_no_triton",
+]
 
 # The compute capabilities that every kernel is compiled for in the tests.
 ARCHS = (80, 90, 100)
@@ -77,6 +88,22 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)
 
     return lambda *args, **kwargs: target()(*args, **kwargs)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> int:
+    """Return the one of `ARCHS` whose matrix instructions `device` has; of the interpreter, the first.
+
+    9.0 has its own, 10.x and 11.x have theirs; every other GPU, 12.x too, runs those of 8.0.
+    """
+    major = 8 if device.type != "cuda" else torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Return how many multiprocessors `device` has; of the interpreter, four."""
+    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, device: torch.device, *args: Any) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import skip_wrong_arithmetic, uniform_products
 from torch import Tensor
 
 from dove_fast import native, ops
+from dove_fast.ops import launch
 from dove_fast.ops.vq_lookup import native as native_vq
 from dove_fast.ops.vq_lookup import reference
 
@@ -20,9 +22,18 @@ every = pytest.mark.parametrize(
     [
         pytest.param("reference", "cpu", id="reference"),
         pytest.param("cpu", "cpu", id="cpu"),
+        pytest.param("triton", "cpu", id="triton-interpreted"),
         pytest.param("reference", "cuda", id="reference-gpu", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
+        pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
     ],
 )
+
+
+@pytest.fixture(autouse=True)
+def products_as_on_a_gpu(monkeypatch):
+    if launch.interpreted() and launch.why_no_triton() is None:
+        uniform_products(monkeypatch)
 
 
 def distances(x: Tensor, codebook: Tensor) -> Tensor:
@@ -64,6 +75,7 @@ def normal(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype =
     ids=str,
 )
 def test_nearest(backend, device, dtype, rows, words, width):
+    skip_wrong_arithmetic(backend, device, dtype)
     x, codebook = (
         normal(rows, width, device=device, dtype=dtype),
         normal(words, width, seed=1, device=device, dtype=dtype),
@@ -126,6 +138,18 @@ def test_extreme_sizes(backend, device, exponent, other):
     """Squares and products that underflow or overflow in fp32."""
     x, codebook = normal(20, 8, device=device) * 10.0**other, normal(50, 8, seed=1, device=device) * 10.0**exponent
     assert_nearest(ops.vq_lookup(x, codebook, backend=backend)[0], x, codebook, backend)
+
+
+@every
+@pytest.mark.parametrize("size", [1e18, 3e18, 1e19, 1e20, 1e30], ids=str)
+def test_sizes_that_overflow_beside_sizes_that_do_not(backend, device, size):
+    """The score of a row's own codeword is infinity less infinity, while those of small codewords are finite."""
+    codebook = normal(40, 24, device=device)
+    codebook[20:] *= size
+    x = torch.cat([codebook, normal(9, 24, seed=1, device=device)])
+    codes, _ = ops.vq_lookup(x, codebook, backend=backend)
+    assert codes[:40].tolist() == list(range(40))
+    assert_nearest(codes, x, codebook, backend)
 
 
 @every
@@ -304,13 +328,15 @@ def test_backward_of_bf16_sums_in_fp32():
 
 
 @every
-def test_mixed_dtypes(backend, device):
-    x = normal(9, 4, device=device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_dtypes(backend, device, dtype):
+    skip_wrong_arithmetic(backend, device, dtype)
+    x = normal(9, 4, device=device, dtype=dtype)
     codebook = normal(12, 4, seed=1, device=device).requires_grad_()
     codes, quantized = ops.vq_lookup(x, codebook, backend=backend)
     assert_nearest(codes, x, codebook.detach(), backend)
-    assert quantized.dtype == torch.bfloat16
-    assert torch.equal(quantized, codebook.detach().bfloat16()[codes])
+    assert quantized.dtype == dtype
+    assert torch.equal(quantized, codebook.detach().to(dtype)[codes])
     quantized.sum().backward()
     assert codebook.grad.dtype == torch.float32
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
 from dove_fast.ops.vq_lookup import native, reference
 from dove_fast.ops.vq_lookup.reference import codebook_squares
@@ -27,11 +28,12 @@ def vq_lookup(
     codebook_sq: (K,) float32 or float64, what `codebook_squares` returns, for a caller that keeps it; computed where
     None. It must be the same for identical codewords, which `codebook.square().sum(1)` does not promise.
     Returns codes (...) int64, and quantized (..., C), the codewords in x's dtype. Sums are in fp32 or better; a row of
-    x with NaN or infinity gets code 0. "reference" decides near ties in fp64; "cpu" never holds an (n, K) matrix and
-    gives the fp64 argmin wherever the runner-up is further away than fp32 rounding, else one within that rounding.
+    x with NaN or infinity gets code 0. "reference" decides near ties in fp64; the others never hold an (n, K)
+    matrix and give the fp64 argmin wherever the runner-up is further away than fp32 rounding, else one within that
+    rounding (each kernel's file derives its bound).
     Backward: quantized's gradient goes to x unchanged (straight through), and to the chosen codewords where the
     codebook requires it; codes and codebook_sq have none.
-    backend: None, "auto", "reference" or "cpu" (fp64 inputs always go to the reference).
+    backend: None, "auto", "reference", "cpu", "triton" or "cuda" (fp64 inputs always go to the reference).
     Raises `TypeError` for another dtype, `ValueError` for shapes that do not fit or tensors on different devices,
     `BackendError` where the backend cannot run. Source: METHOD section 3, the grid goes through the codebook.
     """
@@ -116,6 +118,15 @@ registry.register(
     "vq_lookup",
     cpu=Implementation(
         native.vq_lookup_cpu, missing=extension.why_no_native, dtypes=frozenset((*native.DTYPE_CODES, torch.float64))
+    ),
+    triton=Implementation(
+        deferred("dove_fast.ops.vq_lookup.triton_kernel", "vq_lookup"),
+        missing=why_no_triton,
+        dtypes=frozenset((*TRITON_TYPES, torch.float64)),
+    ),
+    # Behind Triton until both have been timed on a GPU.
+    cuda=Implementation(
+        native.vq_lookup_cuda, missing=extension.why_no_cuda, dtypes=frozenset((*native.DTYPE_CODES, torch.float64))
     ),
     reference=Implementation(reference.vq_lookup),
 )

@@ -1,4 +1,7 @@
-"""vq_lookup in the native module: fused, in fp32; `csrc/cpu/vq_lookup.cpp` derives how far from fp64 it can be."""
+"""vq_lookup in the native module: fused, in fp32.
+
+`csrc/cpu/vq_lookup.cpp` and `csrc/cuda/vq_lookup.cu` derive how far from fp64 they can be.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from dove_fast import native
 from dove_fast.ops.vq_lookup import reference
+from dove_fast.ops.vq_lookup.ranges import range_size
 
 # The dtypes of x that the kernel takes, and their numbers there.
 DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
@@ -17,7 +21,7 @@ def vq_lookup_cpu(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.vq_lookup`, for CPU tensors. `_isa` names the instruction set, for tests; "" is the best one.
 
-    fp64 inputs go to the reference, as do the rows whose fp32 scores overflow.
+    fp64 inputs go to the reference, as do the rows whose fp32 scores could overflow.
     """
     if torch.float64 in (x.dtype, codebook.dtype):
         return reference.vq_lookup(x, codebook, codebook_sq)
@@ -44,4 +48,38 @@ def vq_lookup_cpu(
     if num_undecided:
         undecided = (codes < 0).nonzero().squeeze(1)
         codes[undecided], quantized[undecided] = reference.vq_lookup(rows[undecided], codebook, codebook_sq)
+    return codes.view(x.shape[:-1]), quantized.view(x.shape)
+
+
+def vq_lookup_cuda(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference.vq_lookup`, for CUDA tensors; fp64 inputs go there. Nothing is read by the host."""
+    if torch.float64 in (x.dtype, codebook.dtype):
+        return reference.vq_lookup(x, codebook, codebook_sq)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    words = codebook.float().contiguous()
+    squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq.float().contiguous()
+    codes = torch.empty(rows.shape[0], dtype=torch.int64, device=x.device)
+    quantized = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    module = native.load()
+    blocks = max(1, -(-rows.shape[0] // module.vq_lookup_rows_a_block))
+    ranges = -(-words.shape[0] // range_size(blocks, words.shape[0], module.vq_lookup_words_a_tile, x.device))
+    scratch = torch.empty(module.vq_lookup_scratch_bytes(rows.shape[0], ranges), dtype=torch.uint8, device=x.device)
+    module.vq_lookup_cuda(
+        rows.data_ptr(),
+        rows.stride(0),
+        words.data_ptr(),
+        squares.data_ptr(),
+        codes.data_ptr(),
+        quantized.data_ptr(),
+        rows.shape[0],
+        *words.shape,
+        DTYPE_CODES[x.dtype],
+        codebook.dtype == torch.float32,
+        ranges,
+        scratch.data_ptr(),
+        x.device.index,
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )
     return codes.view(x.shape[:-1]), quantized.view(x.shape)
