@@ -30,12 +30,15 @@ void pack(const PackParams& p) {
       const int64_t first = p.cu_seqlens[row];
       const int64_t stop = std::min<int64_t>(end, p.cu_seqlens[row + 1]);
       const int64_t copied = std::max(position, std::min(stop, first + p.length));
-      const char* source = padded + row * p.row_stride + (position - first) * p.entry_stride;
-      if (p.entry_stride == p.entry_bytes) {
-        std::memcpy(values + position * p.entry_bytes, source, (copied - position) * p.entry_bytes);
-      } else {
-        for (int64_t entry = position; entry < copied; ++entry, source += p.entry_stride) {
-          std::memcpy(values + entry * p.entry_bytes, source, p.entry_bytes);
+      // Where nothing is left of the row there may be no such address, or no memory at all.
+      if (copied > position) {
+        const char* source = padded + row * p.row_stride + (position - first) * p.entry_stride;
+        if (p.entry_stride == p.entry_bytes) {
+          std::memcpy(values + position * p.entry_bytes, source, (copied - position) * p.entry_bytes);
+        } else {
+          for (int64_t entry = position; entry < copied; ++entry, source += p.entry_stride) {
+            std::memcpy(values + entry * p.entry_bytes, source, p.entry_bytes);
+          }
         }
       }
       if (copied < stop) std::memset(values + copied * p.entry_bytes, 0, (stop - copied) * p.entry_bytes);
@@ -58,8 +61,9 @@ void unpack(const PackParams& p) {
       const int64_t present = p.cu_seqlens[row + 1] - p.cu_seqlens[row] - step;
       const int64_t copied = std::clamp<int64_t>(present, 0, stop - entry);
       char* target = padded + entry * p.entry_bytes;
-      const char* source = values + (p.cu_seqlens[row] + step) * p.entry_bytes;
-      if (copied > 0) std::memcpy(target, source, copied * p.entry_bytes);
+      if (copied > 0) {
+        std::memcpy(target, values + (p.cu_seqlens[row] + step) * p.entry_bytes, copied * p.entry_bytes);
+      }
       std::memset(target + copied * p.entry_bytes, 0, (stop - entry - copied) * p.entry_bytes);
       entry = stop;
     }

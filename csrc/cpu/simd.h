@@ -248,7 +248,8 @@ inline float load_one(const T* p) {
 inline float sum(Vec value) {
 #if defined(__AVX512F__)
   const __m512 all = (__m512)value;
-  const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 1), _mm512_castps512_ps256(all));
+  const __m256 eight =
+      _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 1), _mm512_maskz_extractf32x8_ps(0xff, all, 0));
 #elif defined(__AVX2__)
   const __m256 eight = (__m256)value;
 #endif

@@ -89,8 +89,11 @@ void fill_panel(const VqLookupParams& p, int64_t row, int64_t count, float* pane
   for (int64_t column = 0; column < p.width; column += kLanes) {
     const int64_t columns = std::min<int64_t>(kLanes, p.width - column);
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      const T* at = source + r * p.row_stride + column;
-      const Vec elements = r >= count ? Vec{} : columns == kLanes ? load(at) : load_part(at, columns);
+      Vec elements = {};
+      if (r < count) {
+        const T* at = source + r * p.row_stride + column;
+        elements = columns == kLanes ? load(at) : load_part(at, columns);
+      }
       for (int64_t c = 0; c < columns; ++c) panel[(column + c) * kPanelRows + r] = elements[c];
     }
   }

@@ -9,7 +9,7 @@ namespace dove {
 
 // Group normalisation, scale and shift by channel, then SiLU if asked.
 struct GroupNormSiluParams {
-  const void* x;        // in `dtype`, contiguous: (batch, spatial, channels) if channels_last, else (batch, channels, spatial)
+  const void* x;        // in `dtype`, contiguous: (batch, spatial, channels) if channels_last, else with them swapped
   void* out;            // like x; may not overlap it
   const float* weight;  // (channels,)
   const float* bias;    // (channels,)
