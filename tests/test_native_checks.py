@@ -1,4 +1,4 @@
-"""The CPU kernels' checks in C++, tests/native: built by CMake without Python, run by ctest.
+"""The kernels' checks in C++, tests/native: built by CMake without Python, run by ctest.
 
 They lie in build/checks, where another run finds what has not changed.
 """
@@ -55,9 +55,13 @@ def build(name: str, **options: str) -> Path:
     return target
 
 
-def run_check(target: Path, check: str, isa: str) -> None:
+def run_test(target: Path, name: str) -> str:
     command = [program("ctest"), "--test-dir", str(target), "--no-tests=error", "--output-on-failure"]
-    if "***Skipped" in run(*command, "--tests-regex", rf"^{check}\.{isa}$"):
+    return run(*command, "--tests-regex", f"^{re.escape(name)}$")
+
+
+def run_check(target: Path, check: str, isa: str) -> None:
+    if "***Skipped" in run_test(target, f"{check}.{isa}"):
         pytest.skip(f"{isa} is not on this processor")
 
 
@@ -84,6 +88,14 @@ def test_every_instruction_set(checks, check, isa):
     if isa != "baseline" and (platform.machine() not in ("x86_64", "AMD64") or sys.platform == "darwin"):
         pytest.skip(f"no kernel is compiled for {isa} here")
     run_check(checks, check, isa)
+
+
+@pytest.mark.parametrize("check", sorted(path.stem for path in (ROOT / "tests/native").glob("cuda_*.cpp")))
+def test_cuda_kernels_on_the_cpu(checks, check):
+    """Their arithmetic, barriers and bounds; `pytest -m gpu` has the rest."""
+    if sys.platform == "darwin":
+        pytest.skip("macOS has no coroutines for the threads")
+    run_test(checks, check)
 
 
 def test_tolerances_are_those_of_the_table(checks):

@@ -199,7 +199,15 @@ inline void close(const char* what, const Array& actual, const std::vector<doubl
   }
 }
 
-// The whole of a check's main: `body` runs all problems in the ISA that the command line names.
+// The whole of a check's main: `body` runs all problems.
+inline int run(void (*body)()) {
+  body();
+  if (progress().count == 0) fail("there was none");
+  std::printf("%lld problems agree\n", static_cast<long long>(progress().count));
+  return 0;
+}
+
+// The same in the ISA that the command line names.
 inline int run(int argc, char** argv, void (*body)(Isa)) {
   for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (argc != 2 || std::strcmp(argv[1], dove::isa_name(isa)) != 0) continue;
