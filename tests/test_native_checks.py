@@ -48,9 +48,11 @@ def run(*command: str) -> str:
 def build(name: str, **options: str) -> Path:
     target = ROOT / "build" / "checks" / name
     options |= {"CMAKE_MAKE_PROGRAM": program("ninja"), "DOVE_FAST_CHECKS": "ON"}
-    # --fresh: another compiler may be there since.
-    configure = [program("cmake"), "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(target)]
-    run(*configure, *(f"-D{key}={value}" for key, value in options.items()))
+    configure = [program("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(target)]
+    configure += [f"-D{key}={value}" for key, value in options.items()]
+    if subprocess.run(configure, capture_output=True).returncode != 0:
+        # The cache of an earlier run may name a compiler or a folder that is gone.
+        run(*configure, "--fresh")
     run(program("cmake"), "--build", str(target))
     return target
 

@@ -31,9 +31,9 @@ inline Codebook make_codebook(Random& random, int64_t count, int64_t width, doub
     if (kind < 2) {
       book.first[word] = book.first[like];
     } else if (kind < 4) {
-      // Some units in the last place away.
+      // From some units in the last place away to what 11 bits tell apart.
       const int64_t at = word * width + random.between(0, width - 1);
-      book.words.set(at, book.words[at] * (1 + 3e-7));
+      book.words.set(at, book.words[at] * (1 + std::pow(10.0, random.between(-7, -2))));
     }
   }
   return book;

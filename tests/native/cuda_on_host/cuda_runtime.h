@@ -139,15 +139,20 @@ inline void run_block(std::mt19937& random) {
   }
   std::vector<size_t> order(block->threads.size());
   std::iota(order.begin(), order.end(), size_t{0});
+  // Every second warp, drawn anew each round, stands still, so that warps drift apart; a round without a move is
+  // followed by one of them all.
+  bool all = false;
   do {
+    all = !block->moved && !all;
     block->moved = false;
     std::shuffle(order.begin(), order.end(), random);
+    const auto still = static_cast<uint32_t>(random());
     for (const size_t index : order) {
-      if (block->threads[index].done) continue;
+      if (block->threads[index].done || (!all && still >> (index / 32) & 1)) continue;
       block->running = index;
       swapcontext(&block->scheduler, &block->threads[index].context);
     }
-  } while (block->moved);
+  } while (block->moved || !all);
   for (const Thread& thread : block->threads) {
     if (!thread.done) {
       std::fprintf(stderr, "the threads of a block wait at different barriers\n");
