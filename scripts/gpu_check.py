@@ -312,11 +312,11 @@ def _pytest(check: Check, stage: str, files: Sequence[Path], limit: float) -> Re
     if not chosen:
         return {"status": "skipped", "left_out": lacking, "note": "no test file is left"}
     environment, parallel = {}, []
-    if importlib.util.find_spec("xdist") is not None:
-        # Most of the time goes into compiling kernels, on one core a process.
-        processes = max(1, min(8, (os.cpu_count() or 1) // 2))
+    # Most of the time goes into compiling kernels, on one core a process.
+    processes = min(8, (os.cpu_count() or 1) // 2)
+    if processes > 1 and importlib.util.find_spec("xdist") is not None:
         parallel = ["-n", str(processes), "--dist", "worksteal"]
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+        environment["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // processes)
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         environment["OUTCOMES"] = str(outcomes)
