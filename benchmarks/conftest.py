@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+import dove_fast
+
 # A side is timed for at least so long or so often, and never fewer than three times.
 MIN_SECONDS, MAX_ROUNDS, MIN_ROUNDS = 2.0, 20, 3
 
@@ -26,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="device to measure on, such as cpu or cuda (default: cpu)")
     group.addoption("--batch", type=int, default=None, help="images in a batch (default: 2 on a CPU, 32 on a GPU)")
     group.addoption("--threads", type=int, default=None, help="threads of torch and of our kernels (default: torch's)")
+    group.addoption("--seconds", type=float, default=None, help="time a side for so long (default: 2)")
     group.addoption("--quick", action="store_true", help="small sizes, few rounds: shows that everything runs")
 
 
@@ -34,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     global MIN_SECONDS, MIN_ROUNDS
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
+    if config.getoption("--seconds"):
+        MIN_SECONDS = config.getoption("--seconds")
     if config.getoption("--quick"):
         MIN_SECONDS, MIN_ROUNDS = 0.1, 1
 
@@ -60,7 +65,7 @@ def batch(request: pytest.FixtureRequest, device: torch.device) -> int:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Record what decides the figures beside the processor: versions, threads and the device."""
-    packages = ("dove-fast", "torch", "diffusers", "transformers", "numpy")
+    packages = ("torch", "triton", "diffusers", "transformers", "numpy")
     machine_info.clear()
     machine_info.update(
         {
@@ -69,12 +74,20 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             "cores": os.cpu_count(),
             "system": platform.system(),
             "python": platform.python_version(),
-            "versions": {name: metadata.version(name) for name in packages},
+            "dove_fast": dove_fast.__version__,
+            "versions": {name: _version(name) for name in packages},
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "device": _device_name(torch.device(config.getoption("--device"))),
         }
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

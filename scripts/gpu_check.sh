@@ -1,14 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and dove_fast installed: every kernel's correctness first, then the benchmarks.
+# On a machine with a GPU: builds, tests and measures within 8 minutes, without a network; gpu_check.py says more.
 #
-#   scripts/gpu_check.sh [DIRECTORY]     where the figures go, by default benchmarks/results
+#   scripts/gpu_check.sh OUTDIR     by the `python` on PATH, or the one that PYTHON names
 set -euo pipefail
-cd "$(dirname "$0")/.."
-
-results=${1:-benchmarks/results}
-device=$(python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-python -c 'import dove_fast; info = dove_fast.build_info(); print(info); assert info["cuda"], info["cuda_reason"]'
-
-pytest -m gpu
-mkdir -p "$results"
-pytest benchmarks --benchmark-only --device cuda --benchmark-json "$results/$device-$(date +%F).json"
+exec "${PYTHON:-$(command -v python || command -v python3)}" "$(dirname "$0")/gpu_check.py" "$@"

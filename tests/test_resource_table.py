@@ -29,8 +29,11 @@ def run(tmp_path: Path, *options: str, code: int = 0, **environment: str) -> dic
     return json.loads(path.read_bytes())
 
 
+which = pytest.mark.parametrize("which", [[], pytest.param(["--slow"], marks=pytest.mark.slow)], ids=["short", "all"])
+
+
 @needs_triton
-@pytest.mark.parametrize("which", [[], pytest.param(["--slow"], marks=pytest.mark.slow)], ids=["short", "all"])
+@which
 def test_every_kernel_is_within_the_rules(tmp_path, which):
     table = run(tmp_path, *which)
     assert table["failures"] == []
@@ -40,6 +43,15 @@ def test_every_kernel_is_within_the_rules(tmp_path, which):
     built = [name.partition("-") for name in dove_fast.build_info()["cuda_archs"]]
     assert arches == {arch for arch, _, kind in built if kind == "real"}
     assert ("cuda" in table["missing"]) == (not built)
+
+
+@needs_triton
+@which
+def test_every_kernel_compiles_where_integers_are_one(tmp_path, which):
+    options = ["--module", "kernels_with_ones", *which]
+    table = run(tmp_path, *options, PYTHONPATH=os.pathsep.join((str(Path(__file__).parent), str(SCRIPT.parent))))
+    assert table["failures"] == []
+    assert {"prefix_attention", "group_norm_silu"} <= {row["name"].partition("/")[0] for row in table["rows"]}
 
 
 @needs_triton

@@ -73,7 +73,8 @@ def _merge(
     count = tl.where(there, tl.minimum(slab_pixels, pixels - slab * slab_pixels).to(tl.float32), 0.0)
     first = tl.load(means + image * slabs * channels + group * width)
     apart = tl.where(there, tl.load(means + source, mask=there, other=0.0) - first, 0.0)
-    total = pixels.to(tl.float32) * width
+    # A product of fp32: an argument that is 1 has no `to`, as it is compiled in.
+    total = 1.0 * pixels * width
     middle = tl.sum(tl.sum(count * apart, 1), 0) / total
     spread = tl.load(squares + source, mask=there, other=0.0) + count * (apart - middle) * (apart - middle)
     variance = tl.sum(tl.sum(tl.where(there, spread, 0.0), 1), 0) / total

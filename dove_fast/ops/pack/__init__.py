@@ -26,6 +26,7 @@ def pack(padded: Tensor, lengths: Tensor | Sequence[int], *, backend: str | None
 
     padded: (B, L, *), any dtype; lengths: (B,) integer tensor on any device, or a sequence of ints, 0 <= n <= L.
     A tensor of lengths on a GPU costs one host read, as they decide the result's shape; a sequence costs none.
+    Numbers of the host cannot be captured: in a CUDA graph torch.ops.dove_fast.pack takes cu_seqlens and the total.
     Returns values (total, *) with total = sum of lengths, and cu_seqlens (B + 1,) int32, both on padded's device.
     Differentiable any number of times; the gradient of what was left out is zero.
     backend: None, "auto", "reference", "cpu", "cuda" or "triton".

@@ -140,7 +140,10 @@ def tile(dtype: torch.dtype, head_dim: int, rotary_dim: int, max_seqlen: int, **
         largest = 16
     block_m = max(16, min(largest, triton.next_power_of_2(max_seqlen)))
     block_n = 64 if not wide else 32 if block_m == 32 else 16
-    few_warps = block_m == 16 and head_dim <= 64 and not wide
+    if head_dim > 64:
+        block_n = min(block_n, 32)
+    # With a cache four warps spill, without one two do (Triton 3.6).
+    few_warps = block_m == 16 and head_dim <= 64 and not wide and flags["cached"]
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": rotary_dim,
