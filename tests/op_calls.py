@@ -31,7 +31,8 @@ class Call:
     """A call of `op`, a name of the registry, with everything that may change from call to call in tensors.
 
     `inputs` makes them on the CPU, of the same shapes each time; `run(backend, *inputs)` returns the outputs, and
-    inputs that it writes. `kernels`: the GPU backends that read nothing on the host.
+    inputs that it writes. `kernels`: the GPU backends that read nothing on the host; `reference_reads`: the reference
+    does.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Call:
     kernels: tuple[str, ...]
     inputs: Callable[[Generator, torch.dtype], list[Tensor]]
     run: Callable[..., tuple[Tensor, ...]]
+    reference_reads: bool = False
 
     def on(self, device: str, seed: int, dtype: torch.dtype) -> list[Tensor]:
         """Return inputs with the strides that they were made with."""
@@ -117,6 +119,13 @@ def scan(backend: str, states: Tensor, cu_seqlens: Tensor, weight: Tensor, bias:
     return ops.eos_scan(states, cu_seqlens, weight, bias, threshold=0.97, steps=steps, max_length=100, backend=backend)
 
 
+def search_inputs(generator: Generator, dtype: torch.dtype) -> list[Tensor]:
+    """Return x (n, C), codewords (K, C), some of them twice, and their norms."""
+    codebook = normal(generator, dtype, 150, 24)
+    codebook[100:] = codebook[:50]
+    return [normal(generator, dtype, TOTAL, 24), codebook, ops.codebook_squares(codebook)]
+
+
 CALLS = [
     Call(
         "pack",
@@ -157,6 +166,14 @@ CALLS = [
             ints(*shuffled((0, 16, 40, 90), g)),
         ],
         scan,
+    ),
+    Call(
+        "vq_lookup",
+        "vq_lookup",
+        ("triton", "cuda"),
+        search_inputs,
+        lambda backend, x, codebook, squares: ops.vq_lookup(x, codebook, codebook_sq=squares, backend=backend),
+        reference_reads=True,
     ),
 ]
 

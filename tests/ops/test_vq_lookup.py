@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import skip_wrong_arithmetic, uniform_products
+from interpreter import skip_wrong_arithmetic
 from torch import Tensor
 
 from dove_fast import native, ops
-from dove_fast.ops import launch
 from dove_fast.ops.vq_lookup import native as native_vq
 from dove_fast.ops.vq_lookup import reference
 
@@ -28,12 +27,6 @@ every = pytest.mark.parametrize(
         pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def products_as_on_a_gpu(monkeypatch):
-    if launch.interpreted() and launch.why_no_triton() is None:
-        uniform_products(monkeypatch)
 
 
 def distances(x: Tensor, codebook: Tensor) -> Tensor:
