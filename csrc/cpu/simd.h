@@ -53,6 +53,15 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// The same of one number, in as many roundings.
+inline float fma(float a, float b, float c) {
+#if defined(__AVX2__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The smaller and the larger of two; where one is NaN, b.
 inline Vec minimum(Vec a, Vec b) {
 #if defined(__AVX512F__)

@@ -42,15 +42,16 @@ constexpr float kNone = -__builtin_inff();
 // Below it no rounding makes a sum overflow.
 constexpr float kLargest = 1e38f;
 
-// The best codeword so far of each row in the lanes.
+// The best score so far of each row in the lanes, and the first of the codewords that it was found among: which of them
+// is found out at the end, from the same sums.
 struct Best {
   Vec score = broadcast(kNone);
-  IntVec code = {};
+  IntVec first = {};
 
   void offer(Vec candidate, int32_t index) {
     const IntVec better = candidate > score;
-    score = select(better, candidate, score);
-    code = (better & index) | (~better & code);
+    score = maximum(candidate, score);
+    first = (better & index) | (~better & first);
   }
 };
 
@@ -72,9 +73,39 @@ void score_words(const VqLookupParams& p, const float* panel, int64_t first, Bes
       for (int v = 0; v < kUsed; ++v) sums[word][v] = fma(rows[v], element, sums[word][v]);
     }
   }
-  for (int word = 0; word < kCount; ++word) {
-    for (int v = 0; v < kUsed; ++v) best[v].offer(sums[word][v], static_cast<int32_t>(first + word));
+#pragma GCC unroll 2
+  for (int v = 0; v < kUsed; ++v) {
+    // A NaN does not stay: the second of the two does.
+    Vec largest = broadcast(kNone);
+#pragma GCC unroll 12
+    for (int word = 0; word < kCount; ++word) largest = maximum(sums[word][v], largest);
+    best[v].offer(largest, static_cast<int32_t>(first));
   }
+}
+
+// The codeword with the largest score among those from `first` on that were offered together, the lowest index among
+// equals, for the row in lane `lane` of a panel. Sums are taken as in score_words.
+int32_t best_of(const VqLookupParams& p, const float* panel, int64_t lane, int64_t first) {
+  const int count = static_cast<int>(std::min<int64_t>(kWords, p.num_words - first));
+  const float* words[kWords];
+  float sums[kWords];
+  for (int word = 0; word < kWords; ++word) {
+    // Where there are fewer, the last one again.
+    const int64_t index = first + std::min(word, count - 1);
+    words[word] = p.words + index * p.width;
+    sums[word] = p.squares[index] * -0.5f;
+  }
+  for (int64_t column = 0; column < p.width; ++column) {
+    const float element = panel[column * kPanelRows + lane];
+#pragma GCC unroll 12
+    for (int word = 0; word < kWords; ++word) sums[word] = fma(element, words[word][column], sums[word]);
+  }
+  int best = 0;
+  for (int word = 1; word < count; ++word) {
+    // A number is larger than NaN.
+    if (sums[word] > sums[best] || (sums[best] != sums[best] && sums[word] == sums[word])) best = word;
+  }
+  return static_cast<int32_t>(first + best);
 }
 
 // A half-open range of codewords.
@@ -129,7 +160,8 @@ void search_panels(const VqLookupParams& p, int64_t row, int64_t count, Words wo
   for (int64_t r = 0; r < count; ++r) {
     const Best& found = best[r / kLanes];
     scores[r] = found.score[r % kLanes];
-    codes[r] = found.code[r % kLanes];
+    const float* panel = panels + r / kPanelRows * panel_size;
+    codes[r] = best_of(p, panel, r % kPanelRows, found.first[r % kLanes]);
   }
 }
 

@@ -142,6 +142,7 @@ def test_sizes_that_overflow_beside_sizes_that_do_not(backend, device, size):
     x = torch.cat([codebook, normal(9, 24, seed=1, device=device)])
     codes, _ = ops.vq_lookup(x, codebook, backend=backend)
     assert codes[:40].tolist() == list(range(40))
+    assert ops.vq_lookup(x[39], codebook, backend=backend)[0] == 39
     assert_nearest(codes, x, codebook, backend)
 
 
@@ -263,6 +264,20 @@ def test_nonfinite_rows_get_code_zero(backend, device):
     codebook[expected[0]] = torch.nan
     rest = x[[0, 2]]
     assert_nearest(ops.vq_lookup(rest, codebook, backend=backend)[0], rest, codebook.nan_to_num(nan=1e30), backend)
+
+
+@every
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_codewords_with_nan_are_never_the_nearest(backend, device, rows):
+    for width in (3, 40):
+        x, codebook = normal(rows, width, device=device), normal(99, width, seed=1, device=device)
+        for step in (2, 3, 5):
+            broken = codebook.clone()
+            broken[::step, width - 1] = torch.nan
+            codes, _ = ops.vq_lookup(x, broken, backend=backend)
+            assert_nearest(codes, x, broken.nan_to_num(nan=1e30), backend)
+    codes, _ = ops.vq_lookup(x, torch.full_like(codebook, torch.nan), backend=backend)
+    assert codes.eq(0).all()
 
 
 @every

@@ -25,13 +25,9 @@ def vq_lookup_cpu(
     """
     if torch.float64 in (x.dtype, codebook.dtype):
         return reference.vq_lookup(x, codebook, codebook_sq)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    words = codebook.float().contiguous()
-    squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq.float().contiguous()
-    codes = torch.empty(rows.shape[0], dtype=torch.int64)
-    quantized = torch.empty(rows.shape, dtype=x.dtype)
+    rows, words, squares = _inputs(x, codebook, codebook_sq)
+    codes = torch.empty(x.shape[:-1], dtype=torch.int64)
+    quantized = torch.empty(x.shape, dtype=x.dtype)
     num_undecided = native.load().vq_lookup_cpu(
         rows.data_ptr(),
         rows.stride(0),
@@ -46,22 +42,35 @@ def vq_lookup_cpu(
         _isa,
     )
     if num_undecided:
-        undecided = (codes < 0).nonzero().squeeze(1)
-        codes[undecided], quantized[undecided] = reference.vq_lookup(rows[undecided], codebook, codebook_sq)
-    return codes.view(x.shape[:-1]), quantized.view(x.shape)
+        undecided = codes < 0
+        codes[undecided], quantized[undecided] = reference.vq_lookup(x[undecided], codebook, codebook_sq)
+    return codes, quantized
+
+
+def _inputs(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows (n, C) with adjacent elements, codewords (K, C) and their norms (K,), contiguous and in fp32.
+
+    What is so already is not called upon: a call for one row takes as long as this does.
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    words = codebook if codebook.dtype == torch.float32 else codebook.float()
+    if not words.is_contiguous():
+        words = words.contiguous()
+    squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq
+    if squares.dtype != torch.float32 or not squares.is_contiguous():
+        squares = squares.float().contiguous()
+    return rows, words, squares
 
 
 def vq_lookup_cuda(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.vq_lookup`, for CUDA tensors; fp64 inputs go there. Nothing is read by the host."""
     if torch.float64 in (x.dtype, codebook.dtype):
         return reference.vq_lookup(x, codebook, codebook_sq)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    words = codebook.float().contiguous()
-    squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq.float().contiguous()
-    codes = torch.empty(rows.shape[0], dtype=torch.int64, device=x.device)
-    quantized = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    rows, words, squares = _inputs(x, codebook, codebook_sq)
+    codes = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     module = native.load()
     blocks = max(1, -(-rows.shape[0] // module.vq_lookup_rows_a_block))
     ranges = -(-words.shape[0] // range_size(blocks, words.shape[0], module.vq_lookup_words_a_tile, x.device))
@@ -82,4 +91,4 @@ def vq_lookup_cuda(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = Non
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
-    return codes.view(x.shape[:-1]), quantized.view(x.shape)
+    return codes, quantized
