@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.arguments import DTYPE_CODES
 from dove_fast.ops.eos_scan import native, reference
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
@@ -132,7 +133,7 @@ def _fake(states: Tensor, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 registry.register(
     "eos_scan",
     cpu=Implementation(
-        native.eos_scan_cpu, missing=extension.why_no_native, dtypes=frozenset((*native.DTYPE_CODES, torch.float64))
+        native.eos_scan_cpu, missing=extension.why_no_native, dtypes=frozenset((*DTYPE_CODES, torch.float64))
     ),
     triton=Implementation(
         deferred("dove_fast.ops.eos_scan.triton_kernel", "eos_scan"),

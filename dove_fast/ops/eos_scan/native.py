@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from dove_fast import native
+from dove_fast.ops.arguments import DTYPE_CODES, as_float32, as_rows
 from dove_fast.ops.eos_scan import reference
-
-# The dtypes of states that the kernel takes, and their numbers there.
-DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 
 
 def eos_scan_cpu(
@@ -26,10 +24,9 @@ def eos_scan_cpu(
     """As `reference.eos_scan`, for CPU tensors; float64 goes there. `_isa` names the instruction set, for tests."""
     if states.dtype not in DTYPE_CODES:
         return reference.eos_scan(states, cu_seqlens, weight, bias, limit, steps, max_length)
-    if states.stride(1) != 1:
-        states = states.contiguous()
+    states = as_rows(states)
     cu_seqlens, steps = cu_seqlens.contiguous(), steps.contiguous()
-    weight, bias = weight.float().contiguous(), bias.float()
+    weight, bias = as_float32(weight), as_float32(bias)
     logits = torch.empty(states.shape[0])
     lengths = torch.empty(steps.shape[0], dtype=torch.int32)
     native.load().eos_scan_cpu(

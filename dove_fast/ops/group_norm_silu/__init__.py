@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.arguments import DTYPE_CODES
 from dove_fast.ops.group_norm_silu import native, reference
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
@@ -158,9 +159,7 @@ torch.library.register_autograd("dove_fast::group_norm_silu", _backward, setup_c
 
 registry.register(
     "group_norm_silu",
-    cpu=Implementation(
-        native.group_norm_silu_cpu, missing=extension.why_no_native, dtypes=frozenset(native.DTYPE_CODES)
-    ),
+    cpu=Implementation(native.group_norm_silu_cpu, missing=extension.why_no_native, dtypes=frozenset(DTYPE_CODES)),
     triton=Implementation(
         deferred("dove_fast.ops.group_norm_silu.triton_kernel", "group_norm_silu"),
         missing=why_no_triton,

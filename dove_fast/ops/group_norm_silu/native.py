@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from dove_fast import native
+from dove_fast.ops.arguments import DTYPE_CODES, as_float32
 from dove_fast.ops.group_norm_silu.reference import channels_innermost, dense
-
-# The dtypes of x that the kernel takes, and their numbers there.
-DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 
 
 def group_norm_silu_cpu(
@@ -18,7 +16,7 @@ def group_norm_silu_cpu(
     """As `reference.group_norm_silu`, for CPU tensors. `_isa` names the instruction set, for tests; "" is the best."""
     x = dense(x)
     batch, channels = x.shape[:2]
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    weight, bias = as_float32(weight), as_float32(bias)
     out = torch.empty_like(x)
     mean = torch.empty(batch, num_groups)
     rstd = torch.empty(batch, num_groups)

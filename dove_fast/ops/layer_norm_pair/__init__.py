@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.arguments import DTYPE_CODES
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.layer_norm_pair import native, reference
 from dove_fast.ops.registry import Implementation
@@ -246,7 +247,7 @@ registry.register(
     cpu=Implementation(
         native.layer_norm_pair_cpu,
         missing=extension.why_no_native,
-        dtypes=frozenset((*native.DTYPE_CODES, torch.float64)),
+        dtypes=frozenset((*DTYPE_CODES, torch.float64)),
     ),
     triton=Implementation(
         deferred("dove_fast.ops.layer_norm_pair.triton_kernel", "layer_norm_pair"),

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from dove_fast import native
+from dove_fast.ops.arguments import DTYPE_CODES, as_float32, as_rows
 from dove_fast.ops.layer_norm_pair import reference
-
-# The dtypes of x that the kernel takes, and their numbers there.
-DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 
 
 def layer_norm_pair_cpu(
@@ -32,8 +30,8 @@ def layer_norm_pair_cpu(
     if x.dtype not in DTYPE_CODES:
         return reference.layer_norm_pair(x, addends, weight1, bias1, weight2, bias2, eps)
     width = x.shape[-1]
-    terms = [rows_of(term) for term in (x, *addends)]
-    parameters = [None if p is None else p.float().contiguous() for p in (weight1, bias1, weight2, bias2)]
+    terms = [as_rows(term) for term in (x, *addends)]
+    parameters = [None if p is None else as_float32(p) for p in (weight1, bias1, weight2, bias2)]
     total = x.new_empty(x.shape) if addends else x
     y1 = x.new_empty(x.shape)
     y2 = x.new_empty(0 if weight2 is None else x.shape)
@@ -53,9 +51,3 @@ def layer_norm_pair_cpu(
         _isa,
     )
     return total, y1, y2, mean, rstd
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """View (..., d) as (rows, d) with adjacent elements in a row; a copy where strides do not allow it."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()

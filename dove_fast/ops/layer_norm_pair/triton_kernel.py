@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dove_fast.ops.arguments import as_rows
 from dove_fast.ops.launch import TRITON_TYPES, KernelCase, Tile, launch
-from dove_fast.ops.layer_norm_pair.native import rows_of
 
 # Values of a tile: 8 for each of 128 threads, in rows of their own where they are short; the widest row that is held
 # whole, 32 for each of 512; the pieces of wider ones, which are summed lane by lane first. Larger tiles spill.
@@ -134,7 +134,7 @@ def layer_norm_pair(
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return total, y1, y2, mean, rstd
-    terms = [rows_of(term) for term in (x, *addends)]
+    terms = [as_rows(term) for term in (x, *addends)]
     pair = weight2 is not None and bias2 is not None
     parameters = [p.contiguous() for p in (weight1, bias1, weight2, bias2) if p is not None]
     rows, width = terms[0].shape

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.arguments import DTYPE_CODES
 from dove_fast.ops.launch import deferred, why_no_triton
 from dove_fast.ops.prefix_attention import native, reference
 from dove_fast.ops.prefix_attention.reference import Cache
@@ -283,7 +284,7 @@ registry.register(
     cpu=Implementation(
         native.prefix_attention_cpu,
         missing=extension.why_no_native,
-        dtypes=frozenset((*native.DTYPE_CODES, torch.float64)),
+        dtypes=frozenset((*DTYPE_CODES, torch.float64)),
     ),
     triton=Implementation(
         deferred("dove_fast.ops.prefix_attention.triton_kernel", "prefix_attention"), missing=why_no_triton

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from dove_fast import native
+from dove_fast.ops.arguments import DTYPE_CODES
 from dove_fast.ops.prefix_attention import reference
 from dove_fast.ops.prefix_attention.reference import Cache
-
-# The dtypes that the kernel takes, and their numbers there.
-DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 
 
 def prefix_attention_cpu(

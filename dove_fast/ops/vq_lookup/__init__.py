@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.arguments import DTYPE_CODES
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
 from dove_fast.ops.vq_lookup import native, reference
@@ -117,7 +118,7 @@ torch.library.register_autograd("dove_fast::vq_lookup", _backward, setup_context
 registry.register(
     "vq_lookup",
     cpu=Implementation(
-        native.vq_lookup_cpu, missing=extension.why_no_native, dtypes=frozenset((*native.DTYPE_CODES, torch.float64))
+        native.vq_lookup_cpu, missing=extension.why_no_native, dtypes=frozenset((*DTYPE_CODES, torch.float64))
     ),
     triton=Implementation(
         deferred("dove_fast.ops.vq_lookup.triton_kernel", "vq_lookup"),
@@ -126,7 +127,7 @@ registry.register(
     ),
     # Behind Triton until both have been timed on a GPU.
     cuda=Implementation(
-        native.vq_lookup_cuda, missing=extension.why_no_cuda, dtypes=frozenset((*native.DTYPE_CODES, torch.float64))
+        native.vq_lookup_cuda, missing=extension.why_no_cuda, dtypes=frozenset((*DTYPE_CODES, torch.float64))
     ),
     reference=Implementation(reference.vq_lookup),
 )

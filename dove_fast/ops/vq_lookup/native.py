@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from dove_fast import native
+from dove_fast.ops.arguments import DTYPE_CODES, as_float32, as_rows
 from dove_fast.ops.vq_lookup import reference
 from dove_fast.ops.vq_lookup.ranges import range_size
-
-# The dtypes of x that the kernel takes, and their numbers there.
-DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 
 
 def vq_lookup_cpu(
@@ -48,20 +46,10 @@ def vq_lookup_cpu(
 
 
 def _inputs(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows (n, C) with adjacent elements, codewords (K, C) and their norms (K,), contiguous and in fp32.
-
-    What is so already is not called upon: a call for one row takes as long as this does.
-    """
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    words = codebook if codebook.dtype == torch.float32 else codebook.float()
-    if not words.is_contiguous():
-        words = words.contiguous()
+    """Return rows (n, C) with adjacent elements, codewords (K, C) and their norms (K,), contiguous and in fp32."""
+    words = as_float32(codebook)
     squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq
-    if squares.dtype != torch.float32 or not squares.is_contiguous():
-        squares = squares.float().contiguous()
-    return rows, words, squares
+    return as_rows(x), words, as_float32(squares)
 
 
 def vq_lookup_cuda(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None) -> tuple[Tensor, Tensor]:
