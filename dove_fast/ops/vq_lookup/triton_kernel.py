@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dove_fast.ops.arguments import as_rows
 from dove_fast.ops.launch import ARCHS, TRITON_TYPES, KernelCase, Tile, arch_of, launch
 from dove_fast.ops.vq_lookup import reference
 from dove_fast.ops.vq_lookup.ranges import range_size
@@ -185,9 +186,7 @@ def vq_lookup(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None) ->
     """As `reference.vq_lookup`; fp64 inputs go there."""
     if torch.float64 in (x.dtype, codebook.dtype):
         return reference.vq_lookup(x, codebook, codebook_sq)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = as_rows(x)
     words = codebook.contiguous()
     squares = reference.codebook_squares(words) if codebook_sq is None else codebook_sq.float().contiguous()
     (count, width), (num_words, _) = rows.shape, words.shape
