@@ -1,4 +1,4 @@
-"""prefix_attention against SDPA as a user would write it: rotary, the cache's writes and a mask on both sides.
+"""prefix_attention against SDPA and varlen attention as a user would write them: rotary and the cache on both sides.
 
     pytest benchmarks/bench_prefix_attention.py --benchmark-only --benchmark-json=figures.json
 
@@ -122,6 +122,35 @@ class Rows:
 
         return attend
 
+    def varlen(self) -> Callable[[], Tensor]:
+        """Return torch's varlen attention, which takes ragged rows and a cache of entries (position, H, D)."""
+        if not self.qkv.is_cuda:
+            pytest.skip("torch's varlen_attn needs a GPU")
+        if self.qkv.dtype == torch.float32:
+            pytest.skip("torch's varlen_attn takes 16-bit floats")
+        varlen_attn = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+        device, count = self.qkv.device, len(self.lengths)
+        lengths, starts = torch.tensor(self.lengths, device=device), torch.tensor(self.starts, device=device)
+        row = torch.arange(count, device=device).repeat_interleave(lengths)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        position = torch.arange(len(self.qkv), device=device) - offsets[row] + starts[row]
+        place, cos, sin = row * POSITIONS + position, self.cos[position], self.sin[position]
+        keys, values = (c.transpose(1, 2).flatten(0, 1).contiguous() for c in (self.k_cache, self.v_cache))
+        of_queries = offsets.int()
+        of_keys = torch.arange(count + 1, dtype=torch.int32, device=device) * POSITIONS
+        used = (lengths + starts).int()
+        most = int(used.max())
+
+        def attend() -> Tensor:
+            q, k, v = self.qkv.unbind(2)
+            q, k = (rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x in (q, k))
+            keys[place], values[place] = k, v
+            return varlen_attn(
+                q, keys, values, of_queries, of_keys, max(self.lengths), most, window_size=(-1, 0), seqused_k=used
+            )
+
+        return attend
+
 
 def large(*values: object) -> object:
     """Return a case that --quick leaves out."""
@@ -140,7 +169,7 @@ CASES = {
 
 
 @dtypes
-@pytest.mark.parametrize("rival", ["padded_sdpa", "sdpa_loop"])
+@pytest.mark.parametrize("rival", ["padded_sdpa", "sdpa_loop", "varlen"])
 @pytest.mark.parametrize("case", [large("prefill-8x256"), *list(CASES)[1:3], *map(large, list(CASES)[3:])])
 def bench_prefix_attention(compare, device, case, dtype, rival):
     """Causal attention with a cache."""

@@ -69,18 +69,28 @@ def test_architectures_in_the_binary():
         assert (f"arch = sm_{name}\n" if kind == "real" else f".sm_{name}.ptx") in usage.stdout + listing.stdout
 
 
-ADDRESSES = (0, 0, 0, 1, 1, 1, 16, 16, 16)
+# One row each: the kernels are never reached, and the address 0 is not read.
+CUDA_CALLS = {
+    "pack_cuda": (0, 0, 0, 1, 1, 1, 16, 16, 16, 0, 0),
+    "unpack_cuda": (0, 0, 0, 1, 1, 1, 16, 16, 16, 0, 0),
+    "vq_lookup_cuda": (0, 1, 0, 0, 0, 0, 1, 1, 1, 0, True, 1, 0, 0, 0),
+}
 
 
-@pytest.mark.parametrize("name", ["pack_cuda", "unpack_cuda"])
+def test_every_cuda_call_is_tried():
+    if not dove_fast.build_info()["cuda"]:
+        pytest.skip(dove_fast.build_info()["cuda_reason"])
+    assert {name for name in dir(native.load()) if name.endswith("_cuda")} == set(CUDA_CALLS)
+
+
+@pytest.mark.parametrize("name", list(CUDA_CALLS))
 def test_cuda_call_without_a_gpu(name):
-    """The kernel is never reached: the address 0 is not read."""
     if not dove_fast.build_info()["cuda"]:
         pytest.skip(dove_fast.build_info()["cuda_reason"])
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError) as raised:
-        getattr(native.load(), name)(*ADDRESSES, 0, 0)
+        getattr(native.load(), name)(*CUDA_CALLS[name])
     op = name.removesuffix("_cuda")
     reasons = "the NVIDIA driver is missing or too old for CUDA [0-9.]+|no CUDA device was found"
     assert re.fullmatch(rf"{op} cannot run on the GPU: ({reasons}) \(CUDA error \d+\)", str(raised.value))
