@@ -31,15 +31,20 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled():
-    """Return the same through torch.compile; skip where nothing can be compiled."""
+    """Return the same through torch.compile; skip where nothing can be compiled.
+
+    From nothing each time: torch gives up on a function, and runs it as it is, once it was compiled for eight shapes.
+    """
+    torch.compiler.reset()
     function = torch.compile(eager, dynamic=False)
     try:
         function(torch.ones(1, GROUPS, 4, 4), torch.ones(GROUPS), torch.ones(GROUPS))
     except Exception as error:
         pytest.skip(f"torch.compile does not work here: {error}")
-    return function
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield function
 
 
 @layers

@@ -181,6 +181,7 @@ def bench_vq_lookup(compare, device, rows, words, width, rival):
             theirs,
             rival_name=rival.__name__,
             flop=2.0 * rows * words * width,
+            rate="gflops_tf32",
             moved=4.0 * (2 * rows * width + words * width) + 8.0 * rows,
             agreement=agreement,
         )

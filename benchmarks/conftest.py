@@ -121,16 +121,21 @@ def ceilings(device: torch.device) -> dict[str, float]:
     """Return what the device reaches in this run: `gflops` of an fp32 matrix product, `gbytes` a second of a copy.
 
     The product's sizes are those where the libraries do best; a copy reads and writes, and both are counted. On a GPU
-    `gflops_16bit` is the bf16 product's.
+    `gflops_tf32` is the product's in TF32, `gflops_16bit` that of bf16.
     """
     cuda = device.type == "cuda"
     size = 8192 if cuda else 2048
-    product = {"gflops": torch.float32} | ({"gflops_16bit": torch.bfloat16} if cuda else {})
+    products = {"gflops": (torch.float32, "highest")}
+    if cuda:
+        products |= {"gflops_tf32": (torch.float32, "high"), "gflops_16bit": (torch.bfloat16, "highest")}
     found = {}
-    for name, dtype in product.items():
+    before = torch.get_float32_matmul_precision()
+    for name, (dtype, precision) in products.items():
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         out = torch.empty_like(a)
+        torch.set_float32_matmul_precision(precision)
         found[name] = 2 * size**3 / _median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) / 1e9
+    torch.set_float32_matmul_precision(before)
     # Larger than every cache.
     source = torch.randn((1 << 30) // 4 if cuda else (1 << 28) // 4, device=device)
     target = torch.empty_like(source)
@@ -189,7 +194,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
     """Return a function that times `ours` against `rival` in turn: A B A B.
 
     It fills `extra_info` with both medians in seconds, their ratio (above 1: ours is faster) and both peaks of extra
-    memory in bytes. `images`: how many a call works on, for images a second. `flop`, `moved`: what the problem needs in
+    memory in bytes. `rate`: the ceiling of products on a GPU, a name of `ceilings`. `images`: how many a call works on,
+    for images a second. `flop`, `moved`: what the problem needs in
     floating-point operations and in bytes read and written, whoever does it; then ours is also given in GFLOP/s and
     GB/s, and as a share of the larger floor that the device's measured ceilings set.
     Call it once the results were compared: a figure for a wrong result is worth nothing.
@@ -203,6 +209,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
         images: int | None = None,
         flop: float | None = None,
         moved: float | None = None,
+        rate: str = "gflops",
         **info: Any,
     ) -> None:
         _timed(rival, device)
@@ -244,7 +251,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
             line += f"   {images / seconds:.2f} images/s"
         if flop is not None or moved is not None:
             ceilings = request.getfixturevalue("ceilings")
-            floor = max((flop or 0) / ceilings["gflops"], (moved or 0) / ceilings["gbytes"]) / 1e9
+            rate = rate if device.type == "cuda" else "gflops"
+            floor = max((flop or 0) / ceilings[rate], (moved or 0) / ceilings["gbytes"]) / 1e9
             figures |= {"ceilings": ceilings, "share_of_ceiling": floor / seconds}
             for name, amount, unit in (("gflops", flop, "GFLOP/s"), ("gbytes", moved, "GB/s")):
                 if amount is not None:

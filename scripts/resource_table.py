@@ -107,7 +107,12 @@ def cuda_rows() -> tuple[list[Row], str | None]:
         return [], reason
     rows = read_binary(tool, Path(str(native.load().__file__)))
     for row, name in zip(rows, _demangled([row["kernel"] for row in rows]), strict=True):
-        row.update(name=name, backend="cuda", tensor_cores=name.startswith(MATRIX_KERNELS), spill_bytes_allowed=0)
+        row.update(
+            name=name,
+            backend="cuda",
+            tensor_cores=any(kernel in row["kernel"] for kernel in MATRIX_KERNELS),
+            spill_bytes_allowed=0,
+        )
     return rows, None
 
 

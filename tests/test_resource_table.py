@@ -44,6 +44,8 @@ def test_every_kernel_is_within_the_rules(tmp_path, which):
     built = [name.partition("-") for name in dove_fast.build_info()["cuda_archs"]]
     assert arches == {arch for arch, _, kind in built if kind == "real"}
     assert ("cuda" in table["missing"]) == (not built)
+    of_matrices = {row["arch"] for row in table["rows"] if row["backend"] == "cuda" and row["tensor_cores"]}
+    assert of_matrices == arches, "the CUDA kernels with matrix products are known by their names"
 
 
 @needs_triton

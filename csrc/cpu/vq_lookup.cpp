@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <vector>
 
 #include "dove/parallel.h"
@@ -13,8 +14,10 @@
 //
 // How far a score can be from the true one, with unit roundoff u = 2^-24: a sum of width + 1 terms in any order is off
 // by g (|c|^2 / 2 + |x| |c|), g = (width + 1) u / (1 - (width + 1) u), and |c|^2 / 2 itself by its own sum's rounding,
-// another g |c|^2 / 2. So the code is the fp64 argmin wherever the runner-up's score is further away than twice
-// 2 g (|c|^2 / 2 + |x| |c|), and within that everywhere. Rows that could overflow are kUndecided.
+// another g |c|^2 / 2; underflow loses the smallest normal number, 2^-126, a term of each. So a score is within
+// 2 g (|c|^2 / 2 + |x| |c|) + 2 width 2^-126, the code is the fp64 argmin wherever the runner-up's score is further
+// away than both their bounds, and within that everywhere. Rows that could overflow, or that are so small that
+// underflow is more than rounding, are kUndecided.
 namespace dove::DOVE_ISA_NAMESPACE {
 namespace {
 
@@ -39,8 +42,9 @@ constexpr int kPanelRows = kVectors * kLanes;
 constexpr int64_t kBlockFloats = int64_t{1} << 16;
 
 constexpr float kNone = -__builtin_inff();
-// Below it no rounding makes a sum overflow.
+// Below it no rounding makes a sum overflow; above it, a column, underflow is less than rounding.
 constexpr float kLargest = 1e38f;
+constexpr float kSmallest = 0x1p-100f;
 
 // The best score so far of each row in the lanes, and the first of the codewords that it was found among: which of them
 // is found out at the end, from the same sums.
@@ -272,8 +276,10 @@ template <typename T>
 bool finish_row(const VqLookupParams& p, int64_t row, float longest, int32_t code) {
   const T* x = static_cast<const T*>(p.rows) + row * p.row_stride;
   int64_t chosen = code;
+  const float squares = sum_of_squares(x, p.width);
   // Every partial sum of a score is at most |x| |c| + |c|^2 / 2 <= |x|^2 + |c|^2.
-  if (!(sum_of_squares(x, p.width) + longest < kLargest)) {
+  const float size = std::sqrt(squares) * std::sqrt(longest) + 0.5f * longest;
+  if (!(squares + longest < kLargest && size > kSmallest * p.width)) {
     if (all_finite(x, p.width)) {
       p.codes[row] = kUndecided;
       return false;

@@ -13,14 +13,16 @@
 //   rescore  the other rows (of normal data one or two in ten), against all codewords in fp32.
 //
 // How far a TF32 score can be from the true one: elements are rounded to 11 bits, 2^-11 each, so that a product is off
-// by r |x_i c_i|, r = 2^-10 + 2^-22 (16-bit elements are not rounded at all); tensor cores add in fp32, cutting instead
-// of rounding, in any order: C + 1 terms by (C + 1) 2^-23 of the sum of their sizes; |c|^2 / 2 is off by C 2^-24 of
-// itself. With sum |x_i c_i| <= |x| |c| and the longest codeword, a score is within
+// by r |x_i c_i|, r = 2^-10 + 2^-22 (16-bit elements are not rounded at all); tensor cores add eight products to a sum
+// in fp32, cutting each of the nine instead of rounding, 9/8 C times in all, 2^-23 of the sum of all sizes each time at
+// most; |c|^2 / 2 is off by C 2^-24 of itself. With sum |x_i c_i| <= |x| |c| and the longest codeword, a score is
+// within
 //   E = r |x| |c| + s (|c|^2 / 2 + |x| |c|),  s = (2 C + 2) 2^-23,
 // and a row is decided where its two best are more than 2 E apart: then no rounding can have exchanged them. Underflow
 // loses the smallest normal number a term, as in dove_fast/ops/vq_lookup/reference.py.
 // A rescored score is an fp32 sum of C + 1 terms in one order for every codeword: identical codewords tie, and the
-// lowest index is kept. Its bound is the CPU kernel's. Rows that could overflow are rescored by fp64 distances.
+// lowest index is kept. Its bound is the CPU kernel's. Rows that could overflow, or that are so small that underflow is
+// more than rounding, are rescored by fp64 distances.
 namespace dove::cuda {
 namespace {
 
@@ -47,8 +49,9 @@ constexpr unsigned kRescoreBlocks = 1024;
 constexpr float kNone = -__builtin_inff();
 constexpr float kFar = __builtin_inff();
 constexpr int32_t kNoCode = 0x7fffffff;
-// Below it no rounding makes a sum overflow.
+// Below it no rounding makes a sum overflow; above it, a column, underflow is less than rounding.
 constexpr float kLargest = 1e38f;
+constexpr float kSmallest = 0x1p-100f;
 constexpr float kTiny = 1.17549435e-38f;
 
 // Rounds to TF32, halves away from zero; the bits that mma_tf32 does not read are not cleared.
@@ -85,7 +88,7 @@ struct Scratch {
   int32_t* code;
   float* longest;  // (ranges,): the largest |c|^2
   int32_t* count;  // one number
-  int32_t* list;   // (rows,): a row, or ~row where fp32 could overflow
+  int32_t* list;   // (rows,): a row, or ~row where fp32's range is too small
 };
 
 __host__ __device__ inline Scratch scratch_of(const VqLookupParams& p) {
@@ -273,16 +276,17 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const VqLookupParams p
     write_codeword<T>(p, row, 0, lane, 32);
     return;
   }
-  const bool overflows = !(squares + longest < kLargest);
   const float lost = 2.0f * p.width * kTiny;
   const float product = sqrtf(squares + lost) * sqrtf(longest + lost);
+  const float size = sqrtf(squares) * sqrtf(longest) + 0.5f * longest;
+  const bool in_range = squares + longest < kLargest && size > kSmallest * p.width;
   const float error = rounding * product + adding * ((longest + lost) * 0.5f + product) + lost;
   // A hundredth more, for the roundings of the bound itself.
-  if (!overflows && top.best - top.second > 2.02f * error) {
+  if (in_range && top.best - top.second > 2.02f * error) {
     write_codeword<T>(p, row, top.code, lane, 32);
   } else if (lane == 0) {
     const auto index = static_cast<int32_t>(row);
-    scratch.list[atomicAdd(scratch.count, 1)] = overflows ? ~index : index;
+    scratch.list[atomicAdd(scratch.count, 1)] = in_range ? index : ~index;
   }
 }
 

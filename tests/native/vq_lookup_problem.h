@@ -94,7 +94,8 @@ inline Problem make_problem(Random& random, Dtype dtype, const Size& size, bool 
       double score = -sizes[word] / 2;
       for (int64_t c = 0; c < width; ++c) score += in_row[c] * in_word[c];
       scores[row * num_words + word] = score;
-      errors[row * num_words + word] = 2 * g * (sizes[word] / 2 + std::sqrt(norm * sizes[word]));
+      errors[row * num_words + word] =
+          2 * g * (sizes[word] / 2 + std::sqrt(norm * sizes[word])) + 2 * static_cast<double>(width) * 0x1p-126;
     }
   }
   return {size, dtype, overflow, stride, std::move(book), std::move(x), std::move(squares), finite, scores, errors};

@@ -15,6 +15,7 @@ from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dove_fast import ops
+from dove_fast.ops import launch
 from dove_fast.ops.launch import why_no_triton
 
 on_cpu = pytest.mark.parametrize(
@@ -65,15 +66,17 @@ def test_calls(call, backend, dtype):
 
 @pytest.mark.skipif(why_no_triton() is not None, reason="needs Triton")
 @pytest.mark.parametrize("call", [call for call in CALLS if "triton" in call.kernels], ids=lambda call: call.name)
-def test_the_way_to_a_launch_reads_nothing(call, monkeypatch):
+def test_the_way_to_a_launch_reads_nothing(call, monkeypatch, request):
     """With GPU tensors that hold no data, of which a read raises; this needs no GPU."""
     launches = []
     if not torch.cuda.is_available():
         # What a launch asks of the device, once a process.
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=9)
-        )
+        properties = SimpleNamespace(multi_processor_count=9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        for asked in (launch.arch_of, launch.num_processors):
+            asked.cache_clear()
+            request.addfinalizer(asked.cache_clear)
     for item in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
         if item.ispkg:
             # The ops themselves, instead of their rules for tensors without data.

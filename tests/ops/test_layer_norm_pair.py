@@ -80,8 +80,6 @@ def assert_right(terms: list[Tensor], parameters: list[Tensor], backend: str, ep
 
 
 def skip_unable(backend: str, device: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("fp64 is the reference's")
     if backend == "triton" and dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter is wrong for bf16")
 

@@ -37,21 +37,31 @@ def distances(x: Tensor, codebook: Tensor) -> Tensor:
     return total
 
 
+def score_errors(x: Tensor, codebook: Tensor, backend: str) -> Tensor:
+    """How far each score |c|^2 / 2 - x.c of a kernel may be from the true one (n, K), as its file derives it."""
+    width, unit = x.shape[1], 2.0**-24
+    norms, squares = x.double().norm(dim=1)[:, None], codebook.double().square().sum(1)
+    size = squares / 2 + norms * squares.sqrt()
+    sums = (width + 1) * unit / (1 - (width + 1) * unit)
+    relative = 3 * 2.0**-20 + (4 * width + 2) * 2 * unit if backend == "triton" else 2 * sums
+    return relative * size + 4 * width * 2.0**-126
+
+
 def assert_nearest(codes: Tensor, x: Tensor, codebook: Tensor, backend: str = "reference") -> None:
     """Each code is at the smallest distance, and the first of its identical codewords.
 
-    The smallest up to fp64 rounding for the reference; for a kernel up to its fp32 scores' rounding: two scores, which
-    are half of |c|^2 - 2 x.c, may each be off by the bound.
+    The smallest up to fp64 rounding for the reference; for a kernel up to the bounds of the two scores, which are half
+    of |c|^2 - 2 x.c. Where those leave nothing of the distances, a kernel is tested for the lowest index alone.
     """
     every_distance = distances(x, codebook)
+    best, nearest = every_distance.min(1)
     chosen = every_distance.gather(1, codes[:, None]).squeeze(1)
     if backend != "reference" and torch.float64 not in (x.dtype, codebook.dtype):
-        error = reference._score_error(x.float(), reference.codebook_squares(codebook.float())).double()
-        # Where fp32 overflows the kernels leave the row to the reference.
-        rounding = torch.where(error.isfinite(), 4 * error, 0.0)
+        errors = score_errors(x, codebook, backend)
+        rounding = 2 * (errors.gather(1, codes[:, None]).squeeze(1) + errors.gather(1, nearest[:, None]).squeeze(1))
     else:
         rounding = torch.zeros_like(chosen)
-    assert (chosen <= every_distance.amin(1) * (1 + 1e-13) + rounding).all()
+    assert (chosen <= best * (1 + 1e-13) + rounding).all()
     same = (codebook[codes][:, None] == codebook[None]).all(-1)
     assert torch.equal(codes, same.int().argmax(1)), "an identical codeword has a lower index"
 
@@ -131,6 +141,17 @@ def test_extreme_sizes(backend, device, exponent, other):
     """Squares and products that underflow or overflow in fp32."""
     x, codebook = normal(20, 8, device=device) * 10.0**other, normal(50, 8, seed=1, device=device) * 10.0**exponent
     assert_nearest(ops.vq_lookup(x, codebook, backend=backend)[0], x, codebook, backend)
+
+
+@every
+@pytest.mark.parametrize("exponent", [-16, -20, -23, -30, -37])
+def test_sizes_that_underflow(backend, device, exponent):
+    """Squares and products are below the smallest normal number, or zero."""
+    x, codebook = normal(40, 64, device=device), normal(70, 64, seed=1, device=device)
+    expected, _ = ops.vq_lookup(x.double(), codebook.double())
+    codes, _ = ops.vq_lookup(x * 10.0**exponent, codebook * 10.0**exponent, backend=backend)
+    # Scaled, elements are rounded: to fp32, and to fewer digits where they are subnormal.
+    assert (codes == expected).sum() >= (40 if exponent > -37 else 30)
 
 
 @every

@@ -8,7 +8,7 @@
 namespace dove::DOVE_ISA_NAMESPACE {
 
 // Calls body(begin, end) for ranges that cover [0, count) once, on up to `threads` threads with `grain` or more items
-// each. body must not throw.
+// each. body must not throw; where memory for its scratch is out, the process ends.
 template <typename Body>
 void parallel_ranges(int64_t count, int64_t grain, int threads, const Body& body) {
   const int64_t ranges = std::min<int64_t>(count / std::max<int64_t>(grain, 1), threads);

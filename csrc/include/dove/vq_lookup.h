@@ -14,8 +14,8 @@ struct VqLookupParams {
   int64_t row_stride;    // elements from row to row; the elements of one row are adjacent
   const float* words;    // (num_words, width), contiguous
   const float* squares;  // (num_words,): |c|^2; the same for identical codewords
-  int64_t* codes;        // (num_rows,): written; kUndecided where scores could overflow, 0 for a row that is not finite
-  void* quantized;       // (num_rows, width) in `dtype`, contiguous: the codewords, rounded; rows undecided are not set
+  int64_t* codes;   // (num_rows,): written; kUndecided where scores are out of fp32's range, 0 for a row not finite
+  void* quantized;  // (num_rows, width) in `dtype`, contiguous: the codewords, rounded; rows undecided are not set
   int64_t* num_undecided;  // one number: written
   int64_t num_rows;
   int64_t num_words;

@@ -42,7 +42,7 @@ def group_norm_silu(
     (channels-last) fits there; the result is written once; nothing else of x's size is allocated.
     Backward for x, weight and bias keeps x and the statistics, and computes the normalised activations again. A second
     derivative is not implemented: asking for one raises.
-    backend: None, "auto", "reference", "cpu" or "triton" (the last two not for float64).
+    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
     Raises `TypeError` for other dtypes, `ValueError` for shapes that do not fit, an unknown activation or tensors on
     different devices, `BackendError` where the backend cannot run.
     Source: METHOD section 1, the VQGAN's GroupNorm(32) + SiLU; Wu and He, Group Normalization (arXiv 1803.08494).
@@ -159,11 +159,13 @@ torch.library.register_autograd("dove_fast::group_norm_silu", _backward, setup_c
 
 registry.register(
     "group_norm_silu",
-    cpu=Implementation(native.group_norm_silu_cpu, missing=extension.why_no_native, dtypes=frozenset(DTYPE_CODES)),
+    cpu=Implementation(
+        native.group_norm_silu_cpu, missing=extension.why_no_native, dtypes=frozenset((*DTYPE_CODES, torch.float64))
+    ),
     triton=Implementation(
         deferred("dove_fast.ops.group_norm_silu.triton_kernel", "group_norm_silu"),
         missing=why_no_triton,
-        dtypes=frozenset(TRITON_TYPES),
+        dtypes=frozenset((*TRITON_TYPES, torch.float64)),
     ),
     reference=Implementation(reference.group_norm_silu),
 )

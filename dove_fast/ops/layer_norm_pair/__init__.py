@@ -252,7 +252,7 @@ registry.register(
     triton=Implementation(
         deferred("dove_fast.ops.layer_norm_pair.triton_kernel", "layer_norm_pair"),
         missing=why_no_triton,
-        dtypes=frozenset(TRITON_TYPES),
+        dtypes=frozenset((*TRITON_TYPES, torch.float64)),
     ),
     reference=Implementation(reference.layer_norm_pair),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dove_fast.ops.arguments import as_rows
 from dove_fast.ops.launch import TRITON_TYPES, KernelCase, Tile, launch
+from dove_fast.ops.layer_norm_pair import reference
 
 # Values of a tile: 8 for each of 128 threads, in rows of their own where they are short; the widest row that is held
 # whole, 32 for each of 512; the pieces of wider ones, which are summed lane by lane first. Larger tiles spill.
@@ -127,7 +128,9 @@ def layer_norm_pair(
     bias2: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.layer_norm_pair`, for CUDA tensors, on the current stream."""
+    """As `reference.layer_norm_pair`, for CUDA tensors, on the current stream; float64 goes there."""
+    if x.dtype not in TRITON_TYPES:
+        return reference.layer_norm_pair(x, addends, weight1, bias1, weight2, bias2, eps)
     total = x.new_empty(x.shape) if addends else x
     y1 = x.new_empty(x.shape)
     y2 = x.new_empty(0 if weight2 is None else x.shape)

@@ -51,11 +51,14 @@ def prefix_attention(
     Query j of row r sees the row's cached positions and its new ones up to j, or all of them where not `causal`.
     key_lengths: (R,) int32, neither causal nor with a cache: only row r's first key_lengths[r] positions are seen; a
     query that sees none gets zeros. scale: of q.k, D^-0.5 where None.
-    Returns (total, H, D). Sums are in fp32 or better. A row's result does not depend on its company.
+    Returns (total, H, D). Sums are in fp32 or better. A row's result does not depend on its company, but for rounding
+    where the company changes max_seqlen. NaN or infinity in a row's new positions may make all its queries NaN, those
+    that do not see it too.
     Without a cache q, k and v have gradients, once; with one a call under autograd is refused.
     On the CPU the contents of cu_seqlens, slots and starts are checked. On a GPU nothing is read by the host: there
     they must be right.
-    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
+    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference; so does D > 128 on a
+    GPU).
     Raises `TypeError` or `ValueError` for a wrong argument, `BackendError` where the backend cannot run.
     Source: METHOD section 2.
     """

@@ -14,6 +14,7 @@ from dove_fast.ops.prefix_attention import reference
 from dove_fast.ops.prefix_attention.reference import Cache
 
 LOG2_E = 1.4426950408889634
+MAX_HEAD_DIM = 128
 
 
 @triton.jit
@@ -169,8 +170,8 @@ def prefix_attention(
     scale: float,
     cache: Cache | None = None,
 ) -> Tensor:
-    """As `reference.prefix_attention`; float64 goes there."""
-    if q.dtype not in TRITON_TYPES:
+    """As `reference.prefix_attention`; float64 and head sizes above 128, whose tiles spill, go there."""
+    if q.dtype not in TRITON_TYPES or q.shape[2] > MAX_HEAD_DIM:
         return reference.prefix_attention(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, key_lengths, scale, cache)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     out = q.new_empty(q.shape)

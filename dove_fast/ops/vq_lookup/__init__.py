@@ -30,8 +30,8 @@ def vq_lookup(
     None. It must be the same for identical codewords, which `codebook.square().sum(1)` does not promise.
     Returns codes (...) int64, and quantized (..., C), the codewords in x's dtype. Sums are in fp32 or better; a row of
     x with NaN or infinity gets code 0. "reference" decides near ties in fp64; the others never hold an (n, K)
-    matrix and give the fp64 argmin wherever the runner-up is further away than fp32 rounding, else one within that
-    rounding (each kernel's file derives its bound).
+    matrix and give the fp64 argmin wherever the runner-up is further away than fp32 rounding (and, next to much longer
+    codewords, underflow), else one within that (each kernel's file derives its bound).
     Backward: quantized's gradient goes to x unchanged (straight through), and to the chosen codewords where the
     codebook requires it; codes and codebook_sq have none.
     backend: None, "auto", "reference", "cpu", "triton" or "cuda" (fp64 inputs always go to the reference).

@@ -7,10 +7,11 @@ How far a score can be from the true one: fp32 products are three TF32 ones, of 
 off by 2^-10) and lower parts (what is left, cut to 11 bits again, off by 2^-20). What is lost of x_i c_i is the product
 of the two lower parts and both lower parts' own remainders, 3 * 2^-20 |x_i c_i| together; products of 16-bit floats
 are exact. Tensor cores add in fp32, cutting instead of rounding, 2^-23 an addition, in any order: for T terms (3 C + 1,
-or C + 1) off by T 2^-23 of the sum of their sizes. With sum |x_i c_i| <= |x| |c|, and |c|^2 / 2 off by C 2^-24 of
-itself, a score is within E = (3 * 2^-20 + (4 C + 2) 2^-23) (|c|^2 / 2 + |x| |c|). So the code is the fp64 argmin
-wherever the runner-up's score is further away than 2 E, and the chosen codeword is within that of the best everywhere.
-Rows that could overflow are searched again in fp64, in the merge.
+or C + 1) off by T 2^-23 of the sum of their sizes, and an eighth more for the sums themselves. With sum |x_i c_i| <=
+|x| |c|, |c|^2 / 2 off by C 2^-24 of itself, and 2^-126 lost by underflow a term, a score is within
+E = (3 * 2^-20 + (4 C + 2) 2^-23) (|c|^2 / 2 + |x| |c|) + 4 C 2^-126. So the code is the fp64 argmin wherever the
+runner-up's score is further away than both their bounds, and within that of the best everywhere. Rows that could
+overflow, or that are so small that underflow is more than rounding, are searched again in fp64, in the merge.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from dove_fast.ops.launch import ARCHS, TRITON_TYPES, KernelCase, Tile, arch_of,
 from dove_fast.ops.vq_lookup import reference
 from dove_fast.ops.vq_lookup.ranges import range_size
 
-# Sums of sizes beyond this could overflow; below it neither parts of a sum nor rounding to TF32 do.
-OVERFLOW = tl.constexpr(1e38)
+# Below it neither parts of a sum nor rounding to TF32 overflow; above it, a column, underflow is less than rounding.
+LARGEST = tl.constexpr(1e38)
+SMALLEST = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -42,13 +44,13 @@ def _tile_of(source, stride, index, count, width, start, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _search(
-    x, words, squares, scores, codes, num_rows, num_words, row_stride, words_a_range,
+    x, words, squares, scores, codes, longest, num_rows, num_words, row_stride, words_a_range,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Best score and code of BLOCK_N rows in one range of codewords -> scores, codes (ranges, num_rows).
 
-    A row that is not finite, or could overflow, gets the score NaN.
+    The first block of rows also writes each range's largest |c|^2 -> longest (ranges,).
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * words_a_range
@@ -60,12 +62,12 @@ def _search(
             rows = rows.to(tl.float32)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     code = tl.zeros([BLOCK_N], tl.int32)
-    longest = 0.0
+    largest = 0.0
     for start in range(first, last, BLOCK_K):
         word = start + tl.arange(0, BLOCK_K)
         square = tl.load(squares + word, mask=word < last, other=float("inf"))
         # NaN is no size.
-        longest = tl.maximum(longest, tl.max(tl.where((word < last) & (square == square), square, 0.0), 0))
+        largest = tl.maximum(largest, tl.max(tl.where((word < last) & (square == square), square, 0.0), 0))
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if whole:
             # Elements behind `last` are read, as far as they are there: their scores are -inf.
@@ -87,15 +89,11 @@ def _search(
         better = candidate > best
         best = tl.where(better, candidate, best)
         code = tl.where(better, start + place, code)
-    norm = tl.zeros([BLOCK_N], tl.float32)
-    for column in range(0, WIDTH, BLOCK_C):
-        some = _tile_of(x, row_stride, row, num_rows, WIDTH, column, BLOCK_C).to(tl.float32)
-        norm += tl.sum(some * some, 1)
-    # Never true for NaN.
-    safe = norm + longest < OVERFLOW
     target = tl.program_id(1).to(tl.int64) * num_rows + row
-    tl.store(scores + target, tl.where(safe, best, float("nan")), mask=row < num_rows)
+    tl.store(scores + target, best, mask=row < num_rows)
     tl.store(codes + target, code, mask=row < num_rows)
+    if tl.program_id(0) == 0:
+        tl.store(longest + tl.program_id(1), largest)
 
 
 @triton.jit
@@ -122,23 +120,30 @@ def _nearest(x, words, num_words, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BL
 
 @triton.jit
 def _finish(
-    x, words, scores, codes, chosen, quantized, num_rows, num_words, row_stride, ranges,
+    x, words, scores, codes, longest, chosen, quantized, num_rows, num_words, row_stride, ranges,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge the ranges' results, search again the rows without a score, and gather -> chosen, quantized."""
+    """Merge the ranges' results, search again the rows out of fp32's range, and gather -> chosen, quantized."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = row < num_rows
     best = tl.load(scores + row, mask=there, other=0.0)
     code = tl.load(codes + row, mask=there, other=0)
+    largest = tl.load(longest)
     at = row.to(tl.int64)
-    for _ in range(1, ranges):
+    for part in range(1, ranges):
         at += num_rows
         score = tl.load(scores + at, mask=there, other=0.0)
-        # NaN wins, and stays.
-        better = (score > best) | (score != score)
+        better = score > best
         best = tl.where(better, score, best)
         code = tl.where(better, tl.load(codes + at, mask=there, other=0), code)
-    undecided = (best != best) & there
+        largest = tl.maximum(largest, tl.load(longest + part))
+    norm = tl.zeros([BLOCK_N], tl.float32)
+    for column in range(0, WIDTH, BLOCK_C):
+        some = _tile_of(x, row_stride, row, num_rows, WIDTH, column, BLOCK_C).to(tl.float32)
+        norm += tl.sum(some * some, 1)
+    size = tl.sqrt(norm) * tl.sqrt(largest) + 0.5 * largest
+    # NaN and infinity are not in the range.
+    undecided = ~((norm + largest < LARGEST) & (size > SMALLEST * WIDTH)) & there
     if tl.max(undecided.to(tl.int32), 0) > 0:
         for lane in range(0, BLOCK_N):
             here = tl.arange(0, BLOCK_N) == lane
@@ -199,12 +204,14 @@ def vq_lookup(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None = None) ->
         ranges = triton.cdiv(num_words, words_a_range)
         scores = rows.new_empty((ranges, count), dtype=torch.float32)
         found = rows.new_empty((ranges, count), dtype=torch.int32)
+        longest = rows.new_empty(ranges, dtype=torch.float32)
         sizes = (count, num_words, rows.stride(0))
-        searching = (rows, words, squares, scores, found, *sizes, words_a_range)
+        searching = (rows, words, squares, scores, found, longest, *sizes, words_a_range)
         launch(_search, (blocks, ranges), chosen, x.device, *searching)
         finishing = finish_tile(width)
         grid = (triton.cdiv(count, finishing.constants["BLOCK_N"]),)
-        launch(_finish, grid, finishing, x.device, rows, words, scores, found, codes, quantized, *sizes, ranges)
+        merging = (rows, words, scores, found, longest, codes, quantized, *sizes, ranges)
+        launch(_finish, grid, finishing, x.device, *merging)
     return codes.view(x.shape[:-1]), quantized.view(x.shape)
 
 
@@ -222,7 +229,7 @@ def cases() -> list[KernelCase]:
             label = kinds[0] if x == words else "-".join(kinds)
             stride = "i32:16" if width % 16 == 0 else "i32"
             types = {"x": f"*{kinds[0]}:16", "words": f"*{kinds[1]}:16", "num_rows": "i32", "num_words": "i32:16"}
-            types |= {"row_stride": stride, "scores": "*fp32:16", "codes": "*i32:16"}
+            types |= {"row_stride": stride, "scores": "*fp32:16", "codes": "*i32:16", "longest": "*fp32:16"}
             rare = (width not in (8, 64) and x != torch.float32) or width == 33 or x == torch.float16
             of_search = {**types, "squares": "*fp32:16", "words_a_range": "i32:16"}
             for rows, arch in product((16, 256, 4096), ARCHS):

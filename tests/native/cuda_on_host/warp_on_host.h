@@ -56,6 +56,8 @@ template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 size, void*, Arguments... arguments) {
   static std::mt19937 random(1);
   const unsigned threads = size.x * size.y * size.z;
+  const auto fits = [](unsigned count, unsigned most) { return count >= 1 && count <= most; };
+  if (!fits(grid.x, 0x7fffffff) || !fits(grid.y, 65535) || !fits(grid.z, 65535) || !fits(threads, 1024)) std::abort();
   cuda_on_host::grid_size = grid;
   cuda_on_host::block_size = size;
   for (unsigned index = 0; index < grid.x * grid.y * grid.z; ++index) {
