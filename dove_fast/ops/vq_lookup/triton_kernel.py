@@ -138,8 +138,8 @@ def _finish(
         code = tl.where(better, tl.load(codes + at, mask=there, other=0), code)
         largest = tl.maximum(largest, tl.load(longest + part))
     norm = tl.zeros([BLOCK_N], tl.float32)
-    for column in range(0, WIDTH, BLOCK_C):
-        some = _tile_of(x, row_stride, row, num_rows, WIDTH, column, BLOCK_C).to(tl.float32)
+    for start in range(0, WIDTH, BLOCK_C):
+        some = _tile_of(x, row_stride, row, num_rows, WIDTH, start, BLOCK_C).to(tl.float32)
         norm += tl.sum(some * some, 1)
     size = tl.sqrt(norm) * tl.sqrt(largest) + 0.5 * largest
     # NaN and infinity are not in the range.
