@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,11 @@ def _import() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("dove_fast._C")
     except ImportError as error:
-        return None, f"the native module dove_fast._C cannot be imported ({error}): {_REBUILD}"
+        root = Path(__file__).parent.parent
+        where = ""
+        if (root / "pyproject.toml").exists():
+            where = f"; {root} is a source tree, which hides an installed package from a Python that starts there"
+        return None, f"the native module dove_fast._C cannot be imported ({error}{where}): {_REBUILD}"
     if module.version != __version__:
         built_for = f"was built for version {module.version}, but dove_fast is {__version__}"
         return None, f"the native module dove_fast._C {built_for}: {_REBUILD}"
