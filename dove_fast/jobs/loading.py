@@ -10,6 +10,7 @@ import torch
 from dove_fast.config import DOVEConfig
 from dove_fast.errors import BackendError
 from dove_fast.models.dove import DOVE
+from dove_fast.ops import registry
 from dove_fast.store.layout import DTYPES
 
 __all__ = ["LoadedModel", "default_device", "load_model"]
@@ -42,7 +43,7 @@ def load_model(
 
     `device` None is `default_device()`; `dtype` is a key of `DTYPES`, None keeps the checkpoint's.
     Raises `FileNotFoundError` and `CheckpointError` as `DOVE.from_pretrained` does, `ValueError` for an unknown device
-    or dtype, `BackendError` for a device that is not here.
+    or dtype, `BackendError` for a device that is not here, or a backend named by the environment that cannot run there.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -51,6 +52,9 @@ def load_model(
     fingerprint = model.fingerprint()
     if dtype is not None:
         model = model.to(DTYPES[dtype])
+    for op in registry.available_backends():
+        # Refused before the job starts, not in the middle of it.
+        registry.choose(op, target, model.dtype)
     return LoadedModel(model.to(target).eval(), fingerprint, trained=checkpoint is not None)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made_pictures import make_pictures
 from small_models import micro_model
 
 from dove_fast import BackendError, DOVEConfig
+from dove_fast.cli import main
 from dove_fast.jobs import load_model
 
 
@@ -45,3 +47,15 @@ def test_what_cannot_be_had_is_refused(tmp_path):
 @pytest.mark.gpu
 def test_a_gpu_is_taken_where_there_is_one():
     assert load_model().model.device == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name", ["mistyped", "cuda"])
+def test_a_backend_that_cannot_run_is_refused_before_the_job(monkeypatch, tmp_path, capsys, name):
+    """`cuda` is known, and not for tensors on the CPU."""
+    monkeypatch.setenv("DOVE_FAST_BACKEND", name)
+    with pytest.raises(BackendError, match="from DOVE_FAST_BACKEND"):
+        load_model(device="cpu")
+    pictures, store = make_pictures(tmp_path / "pictures", 1), tmp_path / "store"
+    assert main(["tokenize", str(pictures), str(store), "--device", "cpu"]) == 2
+    assert "from DOVE_FAST_BACKEND" in capsys.readouterr().err
+    assert not store.exists()
