@@ -235,8 +235,8 @@ def cases() -> list[KernelCase]:
             for rows, arch in product((16, 256, 4096), ARCHS):
                 chosen = search_tile(x, words, width, rows, arch)
                 name = f"vq_lookup/search/{label}/C={width}/n={rows}"
-                # Of a width that needs masks ptxas may put a value or two into memory, to keep a round number of registers.
-                spills = 16 if width % 16 else 0
+                # Of a width that needs masks ptxas may put a value or two into memory, as in the merge.
+                spills = 16 if width % 8 else 0
                 case = KernelCase(
                     name, _search, of_search, chosen, tensor_cores=True, archs=(arch,), slow=rare, spill_bytes=spills
                 )
