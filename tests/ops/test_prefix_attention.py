@@ -440,6 +440,8 @@ def ints(*numbers: int) -> Tensor:
         ({"starts": ints(-1, 0)}, {}, ValueError, "row 0 would reach from -1 to 2, outside"),
         ({"starts": ints(0, 8)}, {}, ValueError, "row 1 would reach from 8 to 10, outside the 8 positions"),
         ({}, {"key_lengths": ints(1, 1), "causal": False}, ValueError, "key_lengths is for calls without a cache"),
+        ({}, {"scale": "a"}, TypeError, "scale must be a number, got str"),
+        ({}, {"causal": "yes"}, TypeError, "causal must be a bool, got str"),
         ({}, {"backend": "cuda"}, BackendError, "prefix_attention has no 'cuda' implementation"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -398,9 +398,25 @@ def test_opcheck_and_compile(backend, device):
         (torch.ones(2, 4), torch.ones(3, 4, device="meta"), {}, ValueError, "codebook must be on cpu like x, got meta"),
         (torch.ones(2, 4), torch.ones(3, 4), {"codebook_sq": torch.ones(4)}, ValueError, r"shape \(3,\), got \(4,\)"),
         (torch.ones(2, 4), torch.ones(3, 4), {"codebook_sq": torch.ones(3).half()}, TypeError, "got float16"),
+        (torch.ones(2, 4), torch.ones(3, 4), {"codebook_sq": [1]}, TypeError, "codebook_sq must be a tensor, got list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_arguments(x, codebook, options, error, message):
     with pytest.raises(error, match=message):
         ops.vq_lookup(x, codebook, **options)
+
+
+@pytest.mark.parametrize(
+    ("codebook", "error", "message"),
+    [
+        ([1.0], TypeError, "codebook must be a tensor, got list"),
+        (torch.ones(3, 4).int(), TypeError, "codebook must be float64, .*, got int32"),
+        (torch.ones(4), ValueError, r"shape \(K, C\) with K and C at least 1, got \(4,\)"),
+        (torch.ones(3, 0), ValueError, r"with K and C at least 1, got \(3, 0\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_codebook_of_squares(codebook, error, message):
+    with pytest.raises(error, match=message):
+        ops.codebook_squares(codebook)
