@@ -21,6 +21,7 @@ __all__ = [
     "available_backends",
     "check_backend",
     "choose",
+    "default_backend",
     "implementation",
     "register",
 ]
@@ -77,6 +78,12 @@ def check_backend(op: str, backend: object) -> None:
         raise TypeError(f"{op}: backend must be None or one of {_VALID}, got {backend!r} ({type(backend).__name__})")
 
 
+def default_backend() -> tuple[str, bool]:
+    """Return the backend of calls that name none, and whether the environment's `DOVE_FAST_BACKEND` sets it."""
+    name = os.environ.get(ENVIRONMENT)
+    return name or "auto", bool(name)
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Choice:
     """Return the backend that `op` runs on for tensors of this device and dtype, and why.
 
@@ -87,7 +94,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     """
     check_backend(op, backend)
     if backend is None:
-        return _choose(op, device.type, dtype, os.environ.get(ENVIRONMENT) or "auto", True)
+        return _choose(op, device.type, dtype, *default_backend())
     return _choose(op, device.type, dtype, backend, False)
 
 
