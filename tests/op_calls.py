@@ -178,15 +178,20 @@ CALLS = [
 ]
 
 
+def assert_agrees(result: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Assert one dtype, the same integers, and floating-point numbers within the tolerance of `dtype`."""
+    assert result.dtype == wanted.dtype
+    if wanted.is_floating_point():
+        assert_close(result, wanted, RELATIVE[dtype])
+    else:
+        assert torch.equal(result, wanted)
+
+
 def check(call: Call, backend: str, device: str, dtype: torch.dtype) -> None:
     """Compare a call on a device with the reference on the CPU."""
     expected = call.run("reference", *call.on("cpu", 0, dtype))
     for result, wanted in zip(call.run(backend, *call.on(device, 0, dtype)), expected, strict=True):
-        assert result.dtype == wanted.dtype
-        if wanted.is_floating_point():
-            assert_close(result.cpu(), wanted, RELATIVE[dtype])
-        else:
-            assert torch.equal(result.cpu(), wanted)
+        assert_agrees(result.cpu(), wanted, dtype)
 
 
 def main(device: str = "cuda") -> int:

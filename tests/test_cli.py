@@ -229,6 +229,7 @@ def test_info_of_this_installation(dove_fast):
     code, out, err = dove_fast("info")
     assert (code, err) == (0, "")
     assert build_info()["compiler"] in out
+    assert "default backend" in out
     assert "pack runs on" in out
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import gpu_check
 import pytest
 import torch
-from gpu_check import Check, Stage
+from timed_stages import Check, Stage, run_stages
 
 SCRIPT = Path(gpu_check.__file__).with_suffix(".sh")
 
@@ -45,7 +45,7 @@ def gpu_test(body: str, head: str = "import pytest") -> str:
 
 def run(check: Check, *names: str) -> tuple[int, dict]:
     """Run the stages of these names -> (exit code, summary.json)."""
-    code = gpu_check.run_stages(check, [stage for stage in gpu_check.STAGES if stage.name in names])
+    code = run_stages(check, [stage for stage in gpu_check.STAGES if stage.name in names])
     return code, json.loads((check.out / "summary.json").read_bytes())
 
 
@@ -155,7 +155,7 @@ def test_a_stage_that_takes_too_long(check):
     ignores += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     ignores += "print(child.pid, flush=True); time.sleep(60)"
     start = time.monotonic()
-    code = gpu_check.run_stages(
+    code = run_stages(
         check,
         [
             python("sleeps", "import time; time.sleep(60)", most=3),
@@ -191,7 +191,7 @@ def alive(process: int) -> bool:
 
 def test_later_stages_keep_their_time(check):
     check.total, check.grace = 12, 1
-    code = gpu_check.run_stages(
+    code = run_stages(
         check, [python("sleeps", "import time; time.sleep(60)", most=60, least=0), python("works", "", least=8)]
     )
     assert code == 1
@@ -199,7 +199,7 @@ def test_later_stages_keep_their_time(check):
     assert stages["sleeps"]["limit_seconds"] <= 4
     assert stages["works"]["status"] == "passed"
     check.total = 0
-    gpu_check.run_stages(check, [python("works", "")])
+    run_stages(check, [python("works", "")])
     assert check.summary["stages"]["works"]["note"] == "no time was left for it"
 
 
@@ -212,10 +212,10 @@ def test_a_stopped_pytest_keeps_its_results(check):
     bench = "import time, pytest\n\n@pytest.mark.parametrize('number', range(6))\ndef test_pack(benchmark, number):\n"
     write(check.root / "benchmarks" / "bench_pack.py", f"{bench}    {body}\n    benchmark(lambda: 1)\n")
     stages = [
-        gpu_check.Stage("tests", gpu_check.tests, 15, 0),
-        gpu_check.Stage("benchmarks", gpu_check.benchmarks, 20, 0),
+        Stage("tests", gpu_check.tests, 15, 0),
+        Stage("benchmarks", gpu_check.benchmarks, 20, 0),
     ]
-    assert gpu_check.run_stages(check, stages) == 1
+    assert run_stages(check, stages) == 1
     tests = check.summary["stages"]["tests"]
     assert tests["note"] == "stopped at its limit of 15 s"
     assert not tests["finished"]
@@ -229,7 +229,7 @@ def test_a_stage_with_a_mistake_does_not_cost_the_others(check):
     def wrong(check: Check, limit: float) -> dict:
         raise KeyError("nothing")
 
-    assert gpu_check.run_stages(check, [Stage("wrong", wrong, 60, 0), python("works", "")]) == 1
+    assert run_stages(check, [Stage("wrong", wrong, 60, 0), python("works", "")]) == 1
     assert "KeyError: 'nothing'" in check.summary["stages"]["wrong"]["note"]
     assert check.summary["stages"]["works"]["status"] == "passed"
 

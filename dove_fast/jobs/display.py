@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dove_fast.jobs.info import CheckpointSummary, StoreSummary, length_histogram
+from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
 from dove_fast.jobs.outcome import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -101,12 +101,13 @@ def show_checkpoint(summary: CheckpointSummary, name: str, console: Console) -> 
 
 
 def show_installation(console: Console) -> None:
-    """Print what the native module was built with, and the backends of each op that work here."""
+    """Print what the native module was built with, the default backend, and the backends of each op that work here."""
     from dove_fast import available_backends, build_info
 
     table = _table("dove_fast")
     for name, value in build_info().items():
         _row(table, name, ", ".join(value) if isinstance(value, list) else str(value))
+    _row(table, "default backend", describe_default_backend())
     for op, backends in available_backends().items():
         _row(table, f"{op} runs on", ", ".join(backends))
     console.print(table)

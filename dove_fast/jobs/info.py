@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from dove_fast.config import DOVEConfig
 from dove_fast.errors import CheckpointError
 from dove_fast.models.checkpoint import CONFIG_NAME, read_config, weight_files
+from dove_fast.ops import registry
 from dove_fast.store.reader import TokenStore
 
 __all__ = [
     "CheckpointSummary",
     "StoreSummary",
+    "describe_default_backend",
     "is_checkpoint",
     "length_histogram",
     "summarize_checkpoint",
@@ -106,3 +108,18 @@ def summarize_checkpoint(directory: str | os.PathLike[str]) -> CheckpointSummary
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file_path} is truncated or not a safetensors file: {error}") from error
     return CheckpointSummary(config, dict(sorted(parameters.items())), tuple(sorted(dtypes)))
+
+
+def describe_default_backend() -> str:
+    """Say which backend calls run on that name none, and where this comes from."""
+    name, from_environment = registry.default_backend()
+    if not from_environment:
+        return f"auto ({registry.ENVIRONMENT} is not set)"
+    origin = f"from {registry.ENVIRONMENT}"
+    valid = ("auto", *registry.BACKENDS)
+    if name not in valid:
+        return f"{name} ({origin}), which is unknown: every op will refuse it; valid: {', '.join(valid)}"
+    lacking = [op for op, backends in registry.available_backends().items() if name not in ("auto", *backends)]
+    if lacking:
+        return f"{name} ({origin}), which cannot run {', '.join(lacking)} here"
+    return f"{name} ({origin})"

@@ -1,6 +1,6 @@
 """DOVE: a VQGAN, a causal token generator that stops at EOS, and a bidirectional token decoder.
 
-Everything here is the oracle: every position in one pass, exactly as METHOD.md describes it.
+Everything here is the oracle: every position in one pass, exactly as docs/METHOD.md describes it.
 Shape suffixes: B images, S pixels a side, N features, C feature channels, d width, T the most tokens an image can have.
 """
 

@@ -11,9 +11,20 @@ from typing import Any, NamedTuple
 import torch
 
 from dove_fast.errors import BackendError
+from dove_fast.ops.arguments import dtype_name
 from dove_fast.ops.launch import interpreted
 
-__all__ = ["BACKENDS", "Choice", "Implementation", "available_backends", "choose", "implementation", "register"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Implementation",
+    "available_backends",
+    "check_backend",
+    "choose",
+    "default_backend",
+    "implementation",
+    "register",
+]
 
 ENVIRONMENT = "DOVE_FAST_BACKEND"
 
@@ -21,6 +32,7 @@ ENVIRONMENT = "DOVE_FAST_BACKEND"
 _DEVICE_TYPE: dict[str, str | None] = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 BACKENDS = tuple(_DEVICE_TYPE)
+_VALID = ", ".join(map(repr, ("auto", *BACKENDS)))
 
 
 def _nothing_missing() -> str | None:
@@ -60,15 +72,29 @@ def register(op: str, /, **implementations: Implementation) -> None:
     _choose.cache_clear()
 
 
+def check_backend(op: str, backend: object) -> None:
+    """Raise `TypeError` where `backend` is neither None nor a string: torch refuses such a call without its reason."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{op}: backend must be None or one of {_VALID}, got {backend!r} ({type(backend).__name__})")
+
+
+def default_backend() -> tuple[str, bool]:
+    """Return the backend of calls that name none, and whether the environment's `DOVE_FAST_BACKEND` sets it."""
+    name = os.environ.get(ENVIRONMENT)
+    return name or "auto", bool(name)
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Choice:
     """Return the backend that `op` runs on for tensors of this device and dtype, and why.
 
     `backend` is a name of `BACKENDS`, "auto", or None for the environment's `DOVE_FAST_BACKEND`, else "auto".
     "auto" takes the first implementation that works and says what it passed over. Raises `BackendError`
-    when a named backend cannot run the call: the message has the reason and what works instead.
+    when a named backend cannot run the call: the message has the reason and what works instead; `TypeError` when
+    `backend` is no string.
     """
+    check_backend(op, backend)
     if backend is None:
-        return _choose(op, device.type, dtype, os.environ.get(ENVIRONMENT) or "auto", True)
+        return _choose(op, device.type, dtype, *default_backend())
     return _choose(op, device.type, dtype, backend, False)
 
 
@@ -76,8 +102,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 def _choose(op: str, device_type: str, dtype: torch.dtype, backend: str, from_environment: bool) -> Choice:
     origin = f" (from {ENVIRONMENT})" if from_environment and backend != "auto" else ""
     if backend != "auto" and backend not in BACKENDS:
-        valid = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise BackendError(f"{op}: unknown backend {backend!r}{origin}; valid: {valid}")
+        raise BackendError(f"{op}: unknown backend {backend!r}{origin}; valid: {_VALID}")
     implementations = _OPS[op]
     refusals = {name: _refusal(op, name, device_type, dtype) for name in implementations}
     working = [name for name, refusal in refusals.items() if refusal is None]
@@ -106,8 +131,7 @@ def _refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str
         return f"needs tensors {place}, got {device_type}"
     entry = _OPS[op][backend]
     if entry.dtypes is not None and dtype not in entry.dtypes:
-        names = ", ".join(sorted(str(item).removeprefix("torch.") for item in entry.dtypes))
-        return f"takes {names}, got {str(dtype).removeprefix('torch.')}"
+        return f"takes {', '.join(sorted(map(dtype_name, entry.dtypes)))}, got {dtype_name(dtype)}"
     missing = entry.missing()
     return None if missing is None else f"cannot run: {missing}"
 

@@ -13,8 +13,8 @@ from small_models import micro_model
 
 from dove_fast import CheckpointError, TokenStore
 from dove_fast.jobs import summarize_checkpoint, summarize_store
-from dove_fast.jobs.display import show_checkpoint, show_store
-from dove_fast.jobs.info import length_histogram
+from dove_fast.jobs.display import show_checkpoint, show_installation, show_store
+from dove_fast.jobs.info import describe_default_backend, length_histogram
 
 
 def shown(show, summary, width=100, encoding="utf-8") -> str:
@@ -74,6 +74,24 @@ def test_an_empty_store_is_shown(tmp_path):
     summary = summarize_store(write(tmp_path / "s", 2, bad=frozenset({0, 1})))
     assert summary.percentiles() == {}
     assert "set aside" in shown(show_store, summary)
+
+
+def test_the_default_backend_is_that_of_the_environment(monkeypatch):
+    def says(name: str) -> str:
+        monkeypatch.setenv("DOVE_FAST_BACKEND", name)
+        buffer = io.StringIO()
+        show_installation(Console(file=buffer, width=200))
+        (line,) = (line for line in buffer.getvalue().splitlines() if "default backend" in line)
+        return line
+
+    assert "auto (DOVE_FAST_BACKEND is not set)" in says("")
+    assert "auto (from DOVE_FAST_BACKEND) " in says("auto")
+    assert "reference (from DOVE_FAST_BACKEND) " in says("reference")
+    assert "fast (from DOVE_FAST_BACKEND), which is unknown: every op will refuse it; valid: auto, ref" in says("fast")
+    assert "cuda (from DOVE_FAST_BACKEND), which cannot run" in says("cuda")
+    assert "prefix_attention" in says("cuda")
+    monkeypatch.delenv("DOVE_FAST_BACKEND")
+    assert describe_default_backend() == "auto (DOVE_FAST_BACKEND is not set)"
 
 
 def test_a_checkpoint_in_numbers(tmp_path):

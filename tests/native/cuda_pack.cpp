@@ -1,6 +1,6 @@
 // The CUDA kernels of pack and unpack on the CPU, against loops.
 
-#include "../../csrc/cuda/pack.cu"
+#include "csrc/cuda/pack.cu"
 #include "cuda_on_host/warp_on_host.h"
 #include "pack_problem.h"
 

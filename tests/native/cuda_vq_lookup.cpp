@@ -1,6 +1,6 @@
 // The CUDA kernels of vq_lookup on the CPU, against every score in double.
 
-#include "../../csrc/cuda/vq_lookup.cu"
+#include "csrc/cuda/vq_lookup.cu"
 #include "cuda_on_host/warp_on_host.h"
 #include "vq_lookup_problem.h"
 

@@ -202,10 +202,13 @@ def test_unknown_instruction_set():
         (torch.tensor([5, 0]), ValueError, "lengths must be between 0 and 4, got 5 in row 0"),
         ([1], ValueError, "one entry for each of the 2 rows, got 1"),
         (torch.tensor([[1, 2]]), ValueError, r"lengths must have shape \(2,\), got \(1, 2\)"),
-        (torch.tensor([1.0, 2.0]), TypeError, "lengths must be integers, got torch.float32"),
-        (torch.tensor([True, False]), TypeError, "lengths must be integers, got torch.bool"),
+        (torch.tensor([1.0, 2.0]), TypeError, "lengths must be integers, got float32"),
+        (torch.tensor([True, False]), TypeError, "lengths must be integers, got bool"),
         ([1, 2.5], TypeError, "lengths must be integers, got float in row 1"),
         ([True, 1], TypeError, "lengths must be integers, got bool in row 0"),
+        (3, TypeError, "lengths must be a tensor or a sequence of ints, got int"),
+        (None, TypeError, "lengths must be a tensor or a sequence of ints, got NoneType"),
+        ("12", TypeError, "lengths must be integers, got str in row 0"),
     ],
     ids=str,
 )
@@ -231,7 +234,7 @@ def test_wrong_padded():
 @pytest.mark.parametrize(
     ("cu_seqlens", "error", "message"),
     [
-        (torch.tensor([0, 4]), TypeError, "cu_seqlens must be int32, got torch.int64"),
+        (torch.tensor([0, 4]), TypeError, "cu_seqlens must be int32, got int64"),
         (torch.tensor([], dtype=torch.int32), ValueError, r"cu_seqlens must have shape \(B \+ 1,\), got \(0,\)"),
         (torch.tensor([1, 4], dtype=torch.int32), ValueError, "from 0 to the 4 entries of values, got 1 to 4"),
         (torch.tensor([0, 5], dtype=torch.int32), ValueError, "from 0 to the 4 entries of values, got 0 to 5"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import CALLS
 
 import dove_fast
 from dove_fast import BackendError, ops
@@ -61,6 +62,24 @@ def test_unknown_backend_lists_the_valid_ones(name):
         BackendError, match=f"pack: unknown backend '{name}'; valid: 'auto', 'reference', 'cpu', 'triton', 'cuda'"
     ):
         ops.pack(torch.zeros(1, 1), [1], backend=name)
+
+
+NO_NAME = r"backend must be None or one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 3 \(int\)"
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.name != "pack"], ids=lambda call: call.name)
+def test_a_backend_that_is_no_name(call):
+    with pytest.raises(TypeError, match=f"{call.op}: {NO_NAME}"):
+        call.run(3, *call.on("cpu", 0, torch.float32))
+
+
+def test_a_backend_that_is_no_name_elsewhere():
+    with pytest.raises(TypeError, match=f"pack: {NO_NAME}"):
+        ops.pack(torch.zeros(1, 1), [1], backend=3)
+    with pytest.raises(TypeError, match=f"pack: {NO_NAME}"):
+        registry.choose("pack", CPU, torch.float32, 3)
+    with pytest.raises(TypeError, match=r"got \['cpu'\] \(list\)"):
+        registry.choose("pack", CPU, torch.float32, ["cpu"])
 
 
 def test_environment_sets_the_default(op, monkeypatch):

@@ -10,14 +10,20 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
-from dove_fast.ops.arguments import DTYPE_CODES
+from dove_fast.ops.arguments import (
+    DTYPE_CODES,
+    check_dtype,
+    check_int,
+    check_number,
+    check_parameter,
+    check_tensor,
+    dtype_name,
+)
 from dove_fast.ops.eos_scan import native, reference
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
 
 __all__ = ["eos_scan"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def eos_scan(
@@ -48,12 +54,11 @@ def eos_scan(
     Source: METHOD section 3; `models.lengths.eos_lengths` is the same rule for all steps at once.
     """
     _check(states, cu_seqlens, weight, bias, steps)
+    check_number("threshold", threshold)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    check_int("max_length", max_length, 1)
+    registry.check_backend("eos_scan", backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (states, weight, bias)):
         raise ValueError("eos_scan has no gradient: call it under torch.no_grad()")
     limit = math.log(threshold / (1 - threshold))
@@ -66,31 +71,24 @@ def eos_scan(
 def _check(states: Tensor, cu_seqlens: Tensor, weight: Tensor, bias: Tensor, steps: Tensor) -> None:
     named = {"states": states, "cu_seqlens": cu_seqlens, "weight": weight, "bias": bias, "steps": steps}
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.device != states.device:
             raise ValueError(f"{name} must be on {states.device} like states, got {tensor.device}")
-    if states.dtype not in DTYPES:
-        raise TypeError(f"states must be float64, float32, bfloat16 or float16, got {_name(states.dtype)}")
+    check_dtype("states", states)
     if states.dim() != 2 or states.shape[1] < 1:
         raise ValueError(f"states must have shape (total, d) with d at least 1, got {tuple(states.shape)}")
     width = states.shape[1]
     for name, tensor, shapes in (("weight", weight, ((width,), (1, width))), ("bias", bias, ((), (1,)))):
-        if tensor.dtype not in (states.dtype, torch.float32):
-            raise TypeError(f"{name} must be {_name(states.dtype)} like states, or float32, got {_name(tensor.dtype)}")
+        check_parameter(name, tensor, "states", states.dtype)
         if tuple(tensor.shape) not in shapes:
             raise ValueError(f"{name} must have shape {shapes[0]} or {shapes[1]}, got {tuple(tensor.shape)}")
     for name, tensor in (("cu_seqlens", cu_seqlens), ("steps", steps)):
         if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {_name(tensor.dtype)}")
+            raise TypeError(f"{name} must be int32, got {dtype_name(tensor.dtype)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (R + 1,), got {tuple(cu_seqlens.shape)}")
     if steps.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(f"steps must have shape ({cu_seqlens.shape[0] - 1},), got {tuple(steps.shape)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _LIBRARY = torch.library.Library("dove_fast", "FRAGMENT")

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
-from dove_fast.ops.arguments import DTYPE_CODES
+from dove_fast.ops.arguments import DTYPE_CODES, check_dtype, check_int, check_number, check_parameter, check_tensor
 from dove_fast.ops.group_norm_silu import native, reference
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
 
 __all__ = ["group_norm_silu"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def group_norm_silu(
@@ -43,39 +41,35 @@ def group_norm_silu(
     Backward for x, weight and bias keeps x and the statistics, and computes the normalised activations again. A second
     derivative is not implemented: asking for one raises.
     backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
-    Raises `TypeError` for other dtypes, `ValueError` for shapes that do not fit, an unknown activation or tensors on
-    different devices, `BackendError` where the backend cannot run.
+    Raises `TypeError` for other types or dtypes, `ValueError` for shapes that do not fit, an unknown activation or
+    tensors on different devices, `BackendError` where the backend cannot run.
     Source: METHOD section 1, the VQGAN's GroupNorm(32) + SiLU; Wu and He, Group Normalization (arXiv 1803.08494).
     """
     _check(x, num_groups, weight, bias, activation)
+    check_number("eps", eps)
+    registry.check_backend("group_norm_silu", backend)
     out, _, _ = torch.ops.dove_fast.group_norm_silu(x, num_groups, weight, bias, eps, activation, backend)
     return out
 
 
 def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, activation: str | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {_name(x.dtype)}")
+        check_tensor(name, tensor)
+    check_dtype("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
     channels = x.shape[1]
-    if num_groups < 1 or channels < 1 or channels % num_groups:
+    check_int("num_groups", num_groups, 1)
+    if channels < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name} must be {_name(x.dtype)} like x, or float32, got {_name(tensor.dtype)}")
+        check_parameter(name, tensor, "x", x.dtype)
         if tensor.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), got {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _LIBRARY = torch.library.Library("dove_fast", "FRAGMENT")

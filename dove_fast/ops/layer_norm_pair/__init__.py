@@ -10,14 +10,12 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
-from dove_fast.ops.arguments import DTYPE_CODES
+from dove_fast.ops.arguments import DTYPE_CODES, check_dtype, check_number, check_parameter, check_tensor, dtype_name
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.layer_norm_pair import native, reference
 from dove_fast.ops.registry import Implementation
 
 __all__ = ["layer_norm_pair"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def layer_norm_pair(
@@ -51,8 +49,12 @@ def layer_norm_pair(
     Source: METHOD section 2, GPT-NeoX with its parallel residual; Ba, Kiros, Hinton, Layer Normalization
     (arXiv 1607.06450).
     """
+    if not isinstance(addends, Sequence):
+        raise TypeError(f"addends must be a sequence of at most two tensors, got {type(addends).__name__}")
     addends = tuple(addends)
     _check(x, weight1, bias1, weight2, bias2, addends)
+    check_number("eps", eps)
+    registry.check_backend("layer_norm_pair", backend)
     y1: Tensor
     y2: Tensor
     total: Tensor
@@ -82,30 +84,23 @@ def _check(
         parameters |= {"weight2": weight2, "bias2": bias2}
     terms = {f"addends[{index}]": addend for index, addend in enumerate(addends)}
     for name, tensor in {"x": x, **parameters, **terms}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {_name(x.dtype)}")
+    check_dtype("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape (..., d) with d at least 1, got {tuple(x.shape)}")
     for name, tensor in parameters.items():
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name} must be {_name(x.dtype)} like x, or float32, got {_name(tensor.dtype)}")
+        check_parameter(name, tensor, "x", x.dtype)
         if tensor.shape != x.shape[-1:]:
             raise ValueError(f"{name} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
     if len(addends) > 2:
         raise ValueError(f"addends must be at most two tensors, got {len(addends)}")
     for name, tensor in terms.items():
         if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must be {_name(x.dtype)} like x, got {_name(tensor.dtype)}")
+            raise TypeError(f"{name} must be {dtype_name(x.dtype)} like x, got {dtype_name(tensor.dtype)}")
         if tensor.shape != x.shape:
             raise ValueError(f"{name} must have shape {tuple(x.shape)} like x, got {tuple(tensor.shape)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # Two ops, as an op may not return its input: total is x where nothing is added. y2 is empty for a single norm. mean and

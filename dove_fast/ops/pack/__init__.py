@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
+from dove_fast.ops.arguments import check_int, check_tensor, dtype_name
 from dove_fast.ops.launch import deferred, why_no_triton
 from dove_fast.ops.pack import native, reference
 from dove_fast.ops.registry import Implementation
@@ -30,11 +31,11 @@ def pack(padded: Tensor, lengths: Tensor | Sequence[int], *, backend: str | None
     Returns values (total, *) with total = sum of lengths, and cu_seqlens (B + 1,) int32, both on padded's device.
     Differentiable any number of times; the gradient of what was left out is zero.
     backend: None, "auto", "reference", "cpu", "cuda" or "triton".
-    Raises `TypeError` for lengths that are no integers, `ValueError` for a wrong number of lengths, one out of range
-    (with its row) or a total beyond int32, `BackendError` where the backend cannot run.
+    Raises `TypeError` for padded that is no tensor or lengths that are no integers, `ValueError` for a wrong number of
+    lengths, one out of range (with its row) or a total beyond int32, `BackendError` where the backend cannot run.
     """
-    if not isinstance(padded, Tensor):
-        raise TypeError(f"padded must be a tensor, got {type(padded).__name__}")
+    check_tensor("padded", padded)
+    registry.check_backend("pack", backend)
     if padded.dim() < 2:
         raise ValueError(f"padded must have shape (B, L, ...), got {tuple(padded.shape)}")
     offsets = list(accumulate(host_lengths(lengths, padded.shape[0], padded.shape[1]), initial=0))
@@ -55,12 +56,10 @@ def unpack(values: Tensor, cu_seqlens: Tensor, length: int, *, backend: str | No
     if not isinstance(values, Tensor) or not isinstance(cu_seqlens, Tensor):
         found = f"{type(values).__name__} and {type(cu_seqlens).__name__}"
         raise TypeError(f"values and cu_seqlens must be tensors, got {found}")
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"length must be an int, got {type(length).__name__}")
+    check_int("length", length, 0)
+    registry.check_backend("unpack", backend)
     if values.dim() < 1:
         raise ValueError("values must have shape (total, ...), got a tensor without dimensions")
-    if length < 0:
-        raise ValueError(f"length must be at least 0, got {length}")
     _check_cu_seqlens(cu_seqlens, values.device)
     padded: Tensor = torch.ops.dove_fast.unpack(values, cu_seqlens, length, backend)
     return padded
@@ -70,11 +69,14 @@ def host_lengths(lengths: Tensor | Sequence[int], batch: int, limit: int) -> lis
     """Return `lengths` as `batch` ints in [0, limit]; one host read where they are a tensor on a GPU."""
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+            raise TypeError(f"lengths must be integers, got {dtype_name(lengths.dtype)}")
         if lengths.dim() != 1:
             raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
         result = lengths.tolist()
     else:
+        if not isinstance(lengths, Iterable):
+            raise TypeError(f"lengths must be a tensor or a sequence of ints, got {type(lengths).__name__}")
+        lengths = list(lengths)
         for row, item in enumerate(lengths):
             if isinstance(item, bool) or not hasattr(item, "__index__"):
                 raise TypeError(f"lengths must be integers, got {type(item).__name__} in row {row}")
@@ -97,7 +99,7 @@ def cu_seqlens_from_offsets(offsets: Sequence[int], device: torch.device) -> Ten
 
 def _check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"cu_seqlens must be int32, got {dtype_name(cu_seqlens.dtype)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device:

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
-from dove_fast.ops.arguments import DTYPE_CODES
+from dove_fast.ops.arguments import DTYPE_CODES, check_dtype, check_int, check_number, check_tensor, dtype_name
 from dove_fast.ops.launch import deferred, why_no_triton
 from dove_fast.ops.prefix_attention import native, reference
 from dove_fast.ops.prefix_attention.reference import Cache
 from dove_fast.ops.registry import Implementation
 
 __all__ = ["prefix_attention"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def prefix_attention(
@@ -63,7 +61,12 @@ def prefix_attention(
     Source: METHOD section 2.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cos, sin)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    check_number("scale", scale)
+    registry.check_backend("prefix_attention", backend)
     given = {"k_cache": k_cache, "v_cache": v_cache, "slots": slots, "starts": starts}
     missing = [name for name, tensor in given.items() if tensor is None]
     if len(missing) == len(given):
@@ -89,30 +92,25 @@ def prefix_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> None:
     names = ("q", "k", "v", "cu_seqlens", "cos", "sin")
     for name, tensor in zip(names, (q, k, v, cu_seqlens, cos, sin), strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be float64, float32, bfloat16 or float16, got {_name(q.dtype)}")
+    check_dtype("q", q)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (total, H, D) with H and D at least 1, got {tuple(q.shape)}")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must be {_name(q.dtype)} like q, got {_name(tensor.dtype)}")
+            raise TypeError(f"{name} must be {dtype_name(q.dtype)} like q, got {dtype_name(tensor.dtype)}")
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have shape {tuple(q.shape)} like q, got {tuple(tensor.shape)}")
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
+    check_int("max_seqlen", max_seqlen, 0)
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {_name(cu_seqlens.dtype)}")
+        raise TypeError(f"cu_seqlens must be int32, got {dtype_name(cu_seqlens.dtype)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (R + 1,), got {tuple(cu_seqlens.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {_name(table.dtype)}")
+            raise TypeError(f"{name} must be float32, got {dtype_name(table.dtype)}")
         if table.dim() != 2 or table.shape[1] % 2 or table.shape[1] > q.shape[2]:
             expected = f"(P, rotary_dim) with rotary_dim even and at most {q.shape[2]}"
             raise ValueError(f"{name} must have shape {expected}, got {tuple(table.shape)}")
@@ -129,10 +127,9 @@ def _check_key_lengths(key_lengths: Tensor | None, causal: bool, cu_seqlens: Ten
 
 
 def _check_per_row(name: str, tensor: Tensor, cu_seqlens: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {_name(tensor.dtype)}")
+        raise TypeError(f"{name} must be int32, got {dtype_name(tensor.dtype)}")
     if tensor.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(f"{name} must have shape ({cu_seqlens.shape[0] - 1},), got {tuple(tensor.shape)}")
     if tensor.device != cu_seqlens.device:
@@ -145,10 +142,9 @@ def _check_cache(
     _check_per_row("slots", slots, cu_seqlens)
     _check_per_row("starts", starts, cu_seqlens)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(cache, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(cache).__name__}")
+        check_tensor(name, cache)
         if cache.dtype != q.dtype:
-            raise TypeError(f"{name} must be {_name(q.dtype)} like q, got {_name(cache.dtype)}")
+            raise TypeError(f"{name} must be {dtype_name(q.dtype)} like q, got {dtype_name(cache.dtype)}")
         if cache.dim() != 4 or cache.shape[1] != q.shape[1] or cache.shape[3] != q.shape[2]:
             expected = f"(S, {q.shape[1]}, M, {q.shape[2]})"
             raise ValueError(f"{name} must have shape {expected}, got {tuple(cache.shape)}")
@@ -158,10 +154,6 @@ def _check_cache(
             raise ValueError(f"{name} must be contiguous, got strides {cache.stride()}")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache must have shape {tuple(k_cache.shape)} like k_cache, got {tuple(v_cache.shape)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_contents(

@@ -9,15 +9,12 @@ from torch import Tensor
 
 from dove_fast import native as extension
 from dove_fast.ops import registry
-from dove_fast.ops.arguments import DTYPE_CODES
+from dove_fast.ops.arguments import DTYPE_CODES, check_dtype, check_tensor, dtype_name
 from dove_fast.ops.launch import TRITON_TYPES, deferred, why_no_triton
 from dove_fast.ops.registry import Implementation
 from dove_fast.ops.vq_lookup import native, reference
-from dove_fast.ops.vq_lookup.reference import codebook_squares
 
 __all__ = ["codebook_squares", "vq_lookup"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def vq_lookup(
@@ -35,38 +32,50 @@ def vq_lookup(
     Backward: quantized's gradient goes to x unchanged (straight through), and to the chosen codewords where the
     codebook requires it; codes and codebook_sq have none.
     backend: None, "auto", "reference", "cpu", "triton" or "cuda" (fp64 inputs always go to the reference).
-    Raises `TypeError` for another dtype, `ValueError` for shapes that do not fit or tensors on different devices,
-    `BackendError` where the backend cannot run. Source: METHOD section 3, the grid goes through the codebook.
+    Raises `TypeError` for another type or dtype, `ValueError` for shapes that do not fit or tensors on different
+    devices, `BackendError` where the backend cannot run. Source: METHOD section 3, the grid goes through the codebook.
     """
     _check(x, codebook, codebook_sq)
+    registry.check_backend("vq_lookup", backend)
     quantized, codes = torch.ops.dove_fast.vq_lookup(x, codebook, codebook_sq, backend)
     return codes, quantized
 
 
-def _check(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("codebook", codebook)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {_name(tensor.dtype)}")
+def codebook_squares(codebook: Tensor) -> Tensor:
+    """Sum the squares of each codeword, in one order for all of them: identical codewords have the same sum.
+
+    codebook: (K, C), float64, float32, bfloat16 or float16, K and C at least 1. Returns (K,) |c|^2 on its device,
+    float32 (float64 for a float64 codebook): what `vq_lookup` takes as `codebook_sq`.
+    Raises `TypeError` for another type or dtype, `ValueError` for another shape.
+    """
+    _check_codebook(codebook)
+    return reference.codebook_squares(codebook)
+
+
+def _check_codebook(codebook: Tensor) -> None:
+    check_tensor("codebook", codebook)
+    check_dtype("codebook", codebook)
     if codebook.dim() != 2 or 0 in codebook.shape:
         raise ValueError(f"codebook must have shape (K, C) with K and C at least 1, got {tuple(codebook.shape)}")
+
+
+def _check(x: Tensor, codebook: Tensor, codebook_sq: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_dtype("x", x)
+    _check_codebook(codebook)
     if x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(f"x must have shape (..., {codebook.shape[1]}) like the codebook, got {tuple(x.shape)}")
     if codebook.device != x.device:
         raise ValueError(f"codebook must be on {x.device} like x, got {codebook.device}")
     if codebook_sq is None:
         return
+    check_tensor("codebook_sq", codebook_sq)
     if codebook_sq.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"codebook_sq must be float32 or float64, got {_name(codebook_sq.dtype)}")
+        raise TypeError(f"codebook_sq must be float32 or float64, got {dtype_name(codebook_sq.dtype)}")
     if codebook_sq.shape != codebook.shape[:1]:
         raise ValueError(f"codebook_sq must have shape ({codebook.shape[0]},), got {tuple(codebook_sq.shape)}")
     if codebook_sq.device != x.device:
         raise ValueError(f"codebook_sq must be on {x.device} like x, got {codebook_sq.device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # quantized comes first here: opcheck adds the outputs up, in the first one's dtype.

@@ -3,7 +3,8 @@
 // CUDA kernels on the CPU, so that their arithmetic and their barriers are tested where there is no GPU: this header
 // stands in for the real one. A block's threads are coroutines that give way at barriers and warp operations, in an
 // order drawn anew each round; blocks run one behind the other. A block whose threads wait for one another forever, at
-// different barriers, ends the program. Speed, caches and memory order are not imitated.
+// different barriers, ends the program. Shared memory that a block has not written holds numbers that show. Speed,
+// caches and memory order are not imitated.
 
 #include <ucontext.h>
 
@@ -93,6 +94,8 @@ struct Block {
   ucontext_t scheduler;
   size_t running = 0;
   bool moved = false;  // a barrier opened or a thread ended
+  int poison = 0;
+  std::vector<void*> poisoned;  // its variables in shared memory
   std::function<void()> body;
 };
 
@@ -102,6 +105,18 @@ inline dim3 block_index, block_size, grid_size;
 inline Thread& current() { return block->threads[block->running]; }
 inline Warp& warp() { return block->warps[block->running / 32]; }
 inline int lane() { return static_cast<int>(block->running % 32); }
+
+// Behind the declaration of a variable in shared memory: the block's first thread there fills it, and no thread can
+// have written it before. The bytes are, from block to block, those of large numbers, of NaN and -1, and of negative
+// ones, so that neither a minimum nor a maximum nor a product with zero passes over them.
+template <typename Variable>
+void poison_once(Variable& variable) {
+  constexpr unsigned char kBytes[] = {0x7f, 0xff, 0xfe};
+  std::vector<void*>& done = block->poisoned;
+  if (std::find(done.begin(), done.end(), &variable) != done.end()) return;
+  done.push_back(&variable);
+  std::memset(&variable, kBytes[block->poison % 3], sizeof(variable));
+}
 
 inline void open_if_full(Barrier& barrier) {
   if (barrier.arrived < barrier.expected || barrier.expected == 0) return;

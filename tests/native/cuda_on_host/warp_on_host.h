@@ -55,6 +55,7 @@ void wait_for_copies() {
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 size, void*, Arguments... arguments) {
   static std::mt19937 random(1);
+  static int blocks = 0;
   const unsigned threads = size.x * size.y * size.z;
   const auto fits = [](unsigned count, unsigned most) { return count >= 1 && count <= most; };
   if (!fits(grid.x, 0x7fffffff) || !fits(grid.y, 65535) || !fits(grid.z, 65535) || !fits(threads, 1024)) std::abort();
@@ -63,6 +64,7 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 size, void*, A
   for (unsigned index = 0; index < grid.x * grid.y * grid.z; ++index) {
     cuda_on_host::Block block;
     cuda_on_host::block = &block;
+    block.poison = blocks++;
     cuda_on_host::block_index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
     block.threads = std::vector<cuda_on_host::Thread>(threads);
     block.warps = std::vector<cuda_on_host::Warp>((threads + 31) / 32);
