@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from dove_fast.data import ImageInput, Loaded, SetAside, ShortSideCenterCrop, list_inputs, load_image, prefetch
+from dove_fast.generation import LengthHistogram
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.outcome import OnProgress, Progress, stopping
 from dove_fast.jobs.queries import Ids, check_against, hash_queries
@@ -216,6 +217,9 @@ class _Work:
         return self._inputs[index * size : (index + 1) * size]
 
     def _write_unit(self, shard: ShardWriter, stream: Iterator[Loaded | SetAside], count: int) -> None:
+        # What the schedule learns changes values by rounding. A unit starts from nothing, so that it has the same bytes
+        # in a job that was resumed.
+        self._model.generation.histogram = LengthHistogram(self._model.config.num_tokens)
         batch: list[Loaded] = []
         for _ in range(count):
             item = next(stream)

@@ -12,10 +12,11 @@ __all__ = ["Derived"]
 
 
 class Derived:
-    """Keeps `compute(*sources)`, one tensor or a tuple of them without gradients, until a source changes.
+    """Keeps `compute(*sources, **context)`, one tensor or a tuple of them without gradients, until a source changes.
 
-    A change is another tensor, storage, device or dtype, or a write that torch counts: optimiser steps,
+    A change is another tensor, storage, device, dtype or autocast, or a write that torch counts: optimiser steps,
     `load_state_dict`, `to` and any in-place operation are. A write through `source.data` is not: call `refresh()`.
+    The context is handed on and not compared: it must follow from the sources.
     Nothing is kept while torch.compile or a CUDA graph records the call, or where a source is an inference tensor, as
     torch counts no writes there. Copies and pickles start empty.
     """
@@ -25,17 +26,17 @@ class Derived:
         # Replaced as a whole, so that threads see a key with its own value.
         self._kept: tuple[tuple[Any, ...], Any] | None = None
 
-    def __call__(self, *sources: Tensor) -> Any:
+    def __call__(self, *sources: Tensor, **context: Any) -> Any:
         """Return the value for these sources, computed now where it is not kept."""
         if torch.compiler.is_compiling() or any(source.is_inference() for source in sources) or _capturing(sources):
-            return self._compute(*(source.detach() for source in sources))
-        key = tuple(map(_state, sources))
+            return self._compute(*(source.detach() for source in sources), **context)
+        key = (*map(_state, sources), _autocast(sources))
         kept = self._kept
         if kept is not None and kept[0] == key:
             return kept[1]
         # Usable in a later training forward, even where the first call is in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            value = self._compute(*sources)
+            value = self._compute(*sources, **context)
         self._kept = key, value
         return value
 
@@ -61,6 +62,11 @@ def _state(source: Tensor) -> tuple[Any, ...]:
     # A value computed on one stream may not be there yet for another.
     stream = torch.cuda.current_stream(source.device).cuda_stream if source.is_cuda else None
     return _Same(source), source.data_ptr(), source._version, source.device, source.dtype, stream
+
+
+def _autocast(sources: tuple[Tensor, ...]) -> torch.dtype | None:
+    device_type = sources[0].device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _capturing(sources: tuple[Tensor, ...]) -> bool:

@@ -1,6 +1,7 @@
 """DOVE: a VQGAN, a causal token generator that stops at EOS, and a bidirectional token decoder.
 
-Everything here is the oracle: every position in one pass, exactly as docs/METHOD.md describes it.
+The plain forward is the oracle: every position in one pass, as docs/METHOD.md describes it. `tokenize` computes the
+same tokens in blocks (`dove_fast.generation`).
 Shape suffixes: B images, S pixels a side, N features, C feature channels, d width, T the most tokens an image can have.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dove_fast.config import DOVEConfig
+from dove_fast.generation.engine import Generation, LengthRule, WorkCounters, generate
 from dove_fast.models import checkpoint
 from dove_fast.models.gpt_neox import GPTNeoX, step_embeddings
 from dove_fast.models.inputs import (
@@ -35,7 +37,9 @@ from dove_fast.ragged import RaggedTokens
 
 __all__ = ["DOVE", "TokenizeStats"]
 
-ENGINES = ("oracle",)
+# Steps a block where an image's tokens must not depend on what was learned.
+DETERMINISTIC_BLOCK = 32
+ENGINES = ("blocks", "oracle")
 
 # What the activations of one chunk of images may take; a batch is worked through in chunks of at least one image.
 CHUNK_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -48,11 +52,18 @@ class TokenizeStats:
     """What `DOVE.tokenize(..., stats=True)` reports beside the tokens.
 
     `eos_probability` (B,) fp32: the EOS probability at each image's last kept token.
-    `positions_computed`: generator positions that were computed, summed over the images (prefix, query and steps).
+    `positions_computed`: generator positions that were computed, summed over the images (prefix, query and steps);
+    `positions_needed`: those that a result depends on, N + L_b + m_b an image.
+    `blocks`: forwards over steps. `rows_refilled`: images that took the place of another one that had ended.
+    `bytes_to_host`: what the host read to see which rows had ended.
     """
 
     eos_probability: Tensor
     positions_computed: int
+    positions_needed: int
+    blocks: int
+    rows_refilled: int
+    bytes_to_host: int
 
 
 class DOVE(nn.Module):
@@ -77,6 +88,7 @@ class DOVE(nn.Module):
         nn.init.constant_(self.eos_head.bias, config.eos_bias_init)
         self.token_decoder = GPTNeoX(config.token_decoder, causal=False)
         self.out_proj = nn.Linear(width, config.vqgan.vq_embed_dim)
+        self.generation = Generation(config.num_tokens)
 
     # Loading and saving
 
@@ -232,6 +244,7 @@ class DOVE(nn.Module):
         eos_threshold: float | None = None,
         block_size: int | None = None,
         engine: str | None = None,
+        deterministic: bool = False,
         stats: Literal[False] = False,
     ) -> RaggedTokens: ...
 
@@ -246,6 +259,7 @@ class DOVE(nn.Module):
         eos_threshold: float | None = None,
         block_size: int | None = None,
         engine: str | None = None,
+        deterministic: bool = False,
         stats: Literal[True],
     ) -> tuple[RaggedTokens, TokenizeStats]: ...
 
@@ -260,6 +274,7 @@ class DOVE(nn.Module):
         eos_threshold: float | None = None,
         block_size: int | None = None,
         engine: str | None = None,
+        deterministic: bool = False,
         stats: bool = False,
     ) -> RaggedTokens | tuple[RaggedTokens, TokenizeStats]:
         """Turn images into variable-length tokens.
@@ -268,8 +283,13 @@ class DOVE(nn.Module):
         queries: None, or B entries, each None, "" or a 1-D integer tensor of token ids (Q-DOVE).
         length: exactly so many tokens an image, whatever EOS says. max_length: at most so many.
         eos_threshold: the EOS probability above which an image ends; None takes the configuration's.
-        block_size: steps computed at a time; it changes values by rounding alone, and the oracle has one block.
-        engine: "oracle" computes every position in one pass; None is the default engine, at present the oracle.
+        block_size: steps computed at a time; None lets the schedule choose (`generation.histogram`). It changes values
+        by rounding alone, and the oracle has one block.
+        engine: None or "blocks" steps in blocks and stops at EOS; "oracle" computes every position in one pass.
+        deterministic: an image's tokens are the same, bit for bit, whatever images, how many and in which order are in
+        the batch, on the same device with the same software, number of threads and options: every image goes through
+        the model alone, in blocks of `block_size`, by default DETERMINISTIC_BLOCK, and nothing is learned. It takes
+        longer where a device is not filled by one image. Not with the oracle.
         stats: also return a `TokenizeStats`.
 
         Returns `RaggedTokens` with values (total, d) in the model's dtype. A large batch is worked through in
@@ -279,43 +299,109 @@ class DOVE(nn.Module):
         """
         if engine is not None and engine not in ENGINES:
             raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        if deterministic and engine == "oracle":
+            raise ValueError("deterministic=True is for the default engine, got engine='oracle'")
         check_images(images, self.config, self.device)
         check_length_options(self.config, length, max_length, eos_threshold, block_size)
         query_ids = check_queries(queries, images.shape[0], self.config)
-        row_ranges = self._chunks(images.shape[0])
-        nonfinite = [nonfinite_rows(images[rows]) for rows in row_ranges]
+        nonfinite = nonfinite_rows(images)
         if images.device.type == "cpu":
             raise_if_nonfinite(nonfinite)
-
-        chunks: list[RaggedTokens] = []
-        probabilities: list[Tensor] = []
-        positions = 0
-        for rows, flags in zip(row_ranges, nonfinite, strict=True):
-            states, eos_logits = self.generate(self.encode(images[rows]), query_ids[rows])
-            if length is not None:
-                lengths = torch.full((states.shape[0],), int(length), device=states.device)
-            else:
-                lengths = eos_lengths(eos_logits, self.config.eos_threshold if eos_threshold is None else eos_threshold)
-                lengths = lengths.clamp(max=int(max_length or self.config.num_tokens))
-            # The one read a chunk: the lengths shape the result, and the flags ride along.
-            host_lengths, host_flags = torch.stack([lengths, flags.to(lengths.dtype)]).tolist()
-            if any(host_flags):
-                raise_if_nonfinite(nonfinite)
-            chunks.append(RaggedTokens.from_padded(states, host_lengths))
-            last = eos_logits.gather(1, lengths[:, None] - 1).squeeze(1)
-            probabilities.append(last.sigmoid())
-            positions += sum(
-                self.config.num_features + query.numel() + self.config.num_tokens for query in query_ids[rows]
-            )
-
-        if not chunks:
-            width = self.config.generator.hidden_size
-            chunks.append(RaggedTokens.from_padded(images.new_empty((0, 0, width), dtype=self.dtype), []))
-            probabilities.append(torch.empty(0, device=images.device))
-        tokens = chunks[0] if len(chunks) == 1 else RaggedTokens.cat(chunks)
+        threshold = self.config.eos_threshold if eos_threshold is None else float(eos_threshold)
+        rule = LengthRule(int(length or max_length or self.config.num_tokens), threshold if length is None else None)
+        if images.shape[0] == 0:
+            tokens, counters = RaggedTokens.from_padded(self._no_states(), []), WorkCounters()
+        elif engine == "oracle":
+            tokens, counters = self._tokenize_in_one_pass(images, query_ids, rule)
+        else:
+            size = None if block_size is None else int(block_size)
+            tokens, counters = self._tokenize_in_blocks(images, query_ids, rule, size, deterministic)
+        # On a GPU the one read at the end.
+        if images.device.type != "cpu":
+            raise_if_nonfinite(nonfinite)
         if not stats:
             return tokens
-        return tokens, TokenizeStats(torch.cat(probabilities), positions)
+        return tokens, TokenizeStats(
+            eos_probability=self._eos_logits(tokens.values[tokens.cu_seqlens[1:].long() - 1]).sigmoid(),
+            positions_computed=counters.positions,
+            positions_needed=sum(self.config.num_features + query.numel() for query in query_ids)
+            + tokens.values.shape[0],
+            blocks=counters.blocks,
+            rows_refilled=counters.rows_refilled,
+            bytes_to_host=counters.bytes_to_host,
+        )
+
+    def _tokenize_in_blocks(
+        self,
+        images: Tensor,
+        query_ids: Sequence[Tensor],
+        rule: LengthRule,
+        block_size: int | None,
+        deterministic: bool,
+    ) -> tuple[RaggedTokens, WorkCounters]:
+        """The engine: all images together, or each alone where `deterministic`."""
+        together = [slice(0, images.shape[0])]
+        if deterministic:
+            together = [slice(row, row + 1) for row in range(images.shape[0])]
+            block_size = block_size or DETERMINISTIC_BLOCK
+        parts = []
+        counters = WorkCounters()
+        for rows in together:
+            # Alike in memory, too: kernels may differ by strides.
+            some = images[rows].contiguous() if deterministic else images[rows]
+            prefixes = self.prefixes(self.encode_in_chunks(some), query_ids[rows])
+            tokens, counted = generate(
+                self.generation,
+                self.generator,
+                self.eos_head,
+                prefixes,
+                rule,
+                block_size,
+                learn=not deterministic,
+            )
+            parts.append(tokens)
+            counters.add(counted)
+        return RaggedTokens.cat(parts) if len(parts) > 1 else parts[0], counters
+
+    def _tokenize_in_one_pass(
+        self, images: Tensor, query_ids: Sequence[Tensor], rule: LengthRule
+    ) -> tuple[RaggedTokens, WorkCounters]:
+        """The oracle: every position of every image, in chunks of bounded memory."""
+        parts = []
+        counters = WorkCounters()
+        for rows in self._chunks(images.shape[0]):
+            states, eos_logits = self.generate(self.encode(images[rows]), query_ids[rows])
+            if rule.threshold is None:
+                lengths = [rule.most] * states.shape[0]
+            else:
+                found = eos_lengths(eos_logits, rule.threshold).clamp(max=rule.most)
+                counters.bytes_to_host += found.nbytes
+                lengths = found.tolist()
+            parts.append(RaggedTokens.from_padded(states, lengths))
+            counters.blocks += 1
+            counters.positions += sum(
+                self.config.num_features + query.numel() + self.config.num_tokens for query in query_ids[rows]
+            )
+        return RaggedTokens.cat(parts), counters
+
+    def encode_in_chunks(self, images: Tensor) -> Tensor:
+        """Encode as `encode` does, so many images at a time as bounded memory takes -> (B, N, C)."""
+        return torch.cat([self.encode(images[rows]) for rows in self._chunks(images.shape[0])])
+
+    def prefixes(self, features: Tensor, queries: Sequence[Tensor]) -> list[Tensor]:
+        """Return what each row's steps follow, B tensors (N + L_b, d): its features, projected, and its query's ids.
+
+        features (B, N, C) and queries as in `generate`.
+        """
+        images = self.in_proj(features)
+        if self.generator.embed_in is None or not any(query.numel() for query in queries):
+            return list(images)
+        sizes = [query.numel() for query in queries]
+        embedded = self.generator.embed_in(torch.cat(list(queries)).to(self.device)).split(sizes)
+        return [torch.cat([image, query]) for image, query in zip(images, embedded, strict=True)]
+
+    def _no_states(self) -> Tensor:
+        return torch.empty((0, 0, self.config.generator.hidden_size), device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
     def decode(self, tokens: RaggedTokens) -> Tensor:
@@ -349,6 +435,7 @@ class DOVE(nn.Module):
         eos_threshold: float | None = None,
         block_size: int | None = None,
         engine: str | None = None,
+        deterministic: bool = False,
     ) -> tuple[Tensor, RaggedTokens]:
         """Tokenize images and decode the tokens: (images (B, 3, S, S), tokens). Arguments as in `tokenize`."""
         tokens = self.tokenize(
@@ -359,6 +446,7 @@ class DOVE(nn.Module):
             eos_threshold=eos_threshold,
             block_size=block_size,
             engine=engine,
+            deterministic=deterministic,
         )
         return self.decode(tokens), tokens
 

@@ -54,10 +54,9 @@ def nonfinite_rows(images: Tensor) -> Tensor:
     return ~torch.isfinite(images).flatten(1).all(dim=1)
 
 
-def raise_if_nonfinite(flags: Sequence[Tensor]) -> None:
-    """Raise `ValueError` that names the rows flagged in consecutive parts of a batch; one read where there are any."""
-    if flags:
-        _raise_for_rows("images", torch.cat(list(flags)).nonzero().squeeze(1).tolist())
+def raise_if_nonfinite(flags: Tensor) -> None:
+    """Raise `ValueError` that names the rows flagged in flags (B,); one host read."""
+    _raise_for_rows("images", flags.nonzero().squeeze(1).tolist())
 
 
 def raise_if_nonfinite_tokens(flags: Tensor, cu_seqlens: Tensor) -> None:

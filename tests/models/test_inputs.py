@@ -55,7 +55,7 @@ def test_images(model, images, error, message):
         ({"eos_threshold": float("nan")}, ValueError, "eos_threshold must lie between 0 and 1, both excluded, got nan"),
         ({"eos_threshold": "0.5"}, TypeError, "eos_threshold must be a number or None, got '0.5'"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
-        ({"engine": "warp"}, ValueError, "engine must be None or one of 'oracle', got 'warp'"),
+        ({"engine": "warp"}, ValueError, "engine must be None or one of 'blocks', 'oracle', got 'warp'"),
     ],
 )
 def test_options(model, options, error, message):

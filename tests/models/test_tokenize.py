@@ -140,7 +140,8 @@ def test_threshold(model):
 def test_stats(model):
     images, query = sample_images(2), torch.tensor([1, 2, 3])
     tokens, stats = model.tokenize(images, [None, query], stats=True)
-    assert stats.positions_computed == 2 * (NUM_TOKENS + NUM_TOKENS) + 3
+    # What is computed and what is needed: tests/generation/test_engine.py.
+    assert stats.positions_computed >= stats.positions_needed == 2 * NUM_TOKENS + 3 + len(tokens.values)
     assert stats.eos_probability.dtype == torch.float32 and stats.eos_probability.shape == (2,)
     with torch.no_grad():
         logits = model.eos_head(torch.stack([tokens[0][-1], tokens[1][-1]]))[:, 0]
