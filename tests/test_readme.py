@@ -14,8 +14,10 @@ from dove_fast.cli import main
 ROOT = Path(__file__).parent.parent
 
 
-def test_python_block(tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_python_blocks(tmp_path):
+    """They run as written, one after the other, but for paths and sizes."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    block = "\n".join(blocks)
     photos, store = ROOT / "examples" / "photos", tmp_path / "photos.tokens"
     assert main(["tokenize", str(photos), str(store), "--device", "cpu"]) == 0
     save(make_vq(0, **SMALL_VQ), tmp_path / "vq")
@@ -27,6 +29,7 @@ def test_python_block(tmp_path):
         "image_size=256": "image_size=64",
         "256, 256": "64, 64",
         '"photos.tokens"': repr(str(store)),
+        "LengthHistogram(256,": "LengthHistogram(64,",
     }.items():
         assert written in block, f"the README no longer has {written}"
         block = block.replace(written, run)
@@ -36,3 +39,4 @@ def test_python_block(tmp_path):
     assert isinstance(names["again"], torch.Tensor)
     assert names["again"].shape == (8, 3, 64, 64)
     assert names["store"][0].key == "astronaut.jpg"
+    assert names["item"].index == 7
