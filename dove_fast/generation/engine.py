@@ -76,8 +76,8 @@ class Generation:
     """What a model keeps for its engine between calls, and what users can set.
 
     `histogram`: the lengths to expect, learned while running where `learning`; replace it by
-    `LengthHistogram(T, lengths)` where they are known. `cost`: what a block costs; None takes the device's default,
-    `measure()` fits one. Copies and pickles keep these three.
+    `LengthHistogram(T, lengths)` where they are known. `cost`: what a block costs; None takes the device type's
+    default, `DOVE.measure_cost()` fits one. Copies and pickles keep these three.
     """
 
     def __init__(self, num_tokens: int) -> None:
@@ -141,7 +141,7 @@ class Batch:
         self._generation = generation
         self._generator = generator
         self._eos_head = eos_head
-        self._cache = cache
+        self.cache = cache
         self._free = deque(range(slots))
         self._used = 0
         self._rows: list[_Row] = []
@@ -163,15 +163,20 @@ class Batch:
 
     def admit(self, keys: Sequence[int], embeddings: Tensor, prefix_lengths: Sequence[int]) -> None:
         """Take in new rows: their prefixes (P, d), one behind the other, go through the generator now."""
-        new = [_Row(key, self._free.popleft(), length) for key, length in zip(keys, prefix_lengths, strict=True)]
+        slots = self.place(keys, prefix_lengths)
+        self.counters.positions += embeddings.shape[0]
+        positions = Positions.of(slots, [0] * len(slots), prefix_lengths, embeddings.device)
+        prefill(self._generator, embeddings, positions, self.cache, self._generation._last_projection)
+
+    def place(self, keys: Sequence[int], prefix_lengths: Sequence[int], step: int = 0) -> list[int]:
+        """Give places to rows that are at `step`, whose caches the caller fills, and return the places."""
+        new = [_Row(key, self._free.popleft(), length, step) for key, length in zip(keys, prefix_lengths, strict=True)]
         slots = [row.slot for row in new]
         # Places are given out in order, so those from `_used` on are fresh.
         self.counters.rows_refilled += sum(slot < self._used for slot in slots)
         self._used = max(self._used, *(slot + 1 for slot in slots))
-        self.counters.positions += embeddings.shape[0]
-        positions = Positions.of(slots, [0] * len(new), prefix_lengths, embeddings.device)
-        prefill(self._generator, embeddings, positions, self._cache, self._generation._last_projection)
         self._rows += new
+        return slots
 
     def run(self, block_size: int) -> list[Finished]:
         """Advance every row by up to `block_size` steps, and return those that ended, whose places are free again.
@@ -181,7 +186,7 @@ class Batch:
         rows = self._rows
         counts = [min(block_size, self.rule.most - row.step) for row in rows]
         begins = [row.prefix + row.step for row in rows]
-        device = self._cache.cos.device
+        device = self.cache.cos.device
         positions = Positions.of([row.slot for row in rows], begins, counts, device)
         prefixes = {row.prefix for row in rows}
         if len(prefixes) == 1:
@@ -190,8 +195,8 @@ class Batch:
             before = torch.tensor([row.prefix for row in rows]).repeat_interleave(torch.tensor(counts))
             steps = positions.entry_positions - before.to(device)
         tables = step_tables(self._generation._tables, self._generator, self._generation.num_tokens)
-        states = advance(self._generator, tables, positions, steps, self._cache).to(self._cache.states.dtype)
-        self._cache.states[positions.entry_slots, steps] = states
+        states = advance(self._generator, tables, positions, steps, self.cache).to(self.cache.states.dtype)
+        self.cache.states[positions.entry_slots, steps] = states
         self.counters.blocks += 1
         self.counters.positions += sum(counts)
         lengths = self._lengths(states, positions, rows, counts)
@@ -228,11 +233,11 @@ class Batch:
 
     def states(self, slots: int) -> Tensor:
         """Return the states (slots, steps, d) of the first places; what is behind a row's end is not initialised."""
-        return self._cache.states[:slots]
+        return self.cache.states[:slots]
 
     def states_of(self, finished: Sequence[Finished]) -> Tensor:
         """Return the tokens of rows that ended, (total, d), one behind the other."""
-        states = self._cache.states
+        states = self.cache.states
         return torch.cat([states[:0, 0], *(states[row.slot, : row.length] for row in finished)])
 
 

@@ -28,7 +28,7 @@ class CostModel:
     """What one block costs: `block` + `position` a new position + `pair` a query and key that meet, in one unit.
 
     A position passes all layers. Only the ratios matter, so any unit does: seconds, or positions.
-    `DOVE.generation.measure()` fits one to the device; the defaults are rounded from such fits.
+    `DOVE.measure_cost()` fits one to the device; the defaults are rounded from such fits.
     """
 
     block: float
@@ -39,12 +39,12 @@ class CostModel:
     def default(cls, device_type: str) -> CostModel:
         """Return the ratios for the base model on a device type, in positions.
 
-        On two CPU cores a block's weights are read once, which takes as long as the arithmetic of a dozen positions.
+        On two CPU cores a block by itself takes as long as the arithmetic of 35 positions: it reads all weights.
         On a GPU it is a hundred launches, in which it could compute thousands of positions (an estimate: not measured).
         """
         if device_type == "cuda":
             return cls(block=4000.0, position=1.0, pair=1e-4)
-        return cls(block=12.0, position=1.0, pair=1.5e-4)
+        return cls(block=35.0, position=1.0, pair=3e-4)
 
     def __post_init__(self) -> None:
         """Refuse negative costs, and positions that cost nothing."""

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from dove_fast.config import DOVEConfig
 from dove_fast.generation.engine import Generation, LengthRule, WorkCounters, generate
+from dove_fast.generation.measure import measure_cost
+from dove_fast.generation.schedule import CostModel
 from dove_fast.models import checkpoint
 from dove_fast.models.gpt_neox import GPTNeoX, step_embeddings
 from dove_fast.models.inputs import (
@@ -383,6 +385,16 @@ class DOVE(nn.Module):
                 self.config.num_features + query.numel() + self.config.num_tokens for query in query_ids[rows]
             )
         return RaggedTokens.cat(parts), counters
+
+    def measure_cost(self) -> CostModel:
+        """Time blocks of a few shapes on this device, and let the schedule of `tokenize` go by them from now on.
+
+        Takes a few seconds for the base model on two cores. Without it the schedule takes the device type's default:
+        the same in every process, where measured costs may choose other blocks, which change values by rounding.
+        """
+        cost = measure_cost(self.generation, self.generator, self.eos_head, self.config.num_features)
+        self.generation.cost = cost
+        return cost
 
     def encode_in_chunks(self, images: Tensor) -> Tensor:
         """Encode as `encode` does, so many images at a time as bounded memory takes -> (B, N, C)."""

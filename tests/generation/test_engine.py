@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from tolerances import EOS_LOGIT_MARGIN, assert_close, relative_error
 from dove_fast import DOVE, DOVEConfig
 from dove_fast.config import GPTNeoXConfig
 from dove_fast.generation import CostModel, LengthHistogram, engine
+from dove_fast.generation.measure import _fit
 
 query_lists = st.lists(
     st.one_of(
@@ -343,3 +345,25 @@ def test_nothing_is_read_by_the_host_but_lengths(model, monkeypatch):
     # The ops check the contents of their small integer tensors where they lie on the CPU.
     assert counters.bytes_to_host > 0
     assert max(reads) <= 4 * (6 + 1)
+
+
+def test_measured_costs(model):
+    model = copy.deepcopy(model)
+    images = sample_images(4)
+    expected = model.tokenize(images, engine="oracle")
+    before = model.generation.histogram.weight
+    cost = model.measure_cost()
+    assert model.generation.cost is cost
+    # In seconds: a block takes longer than nothing, and a thousand positions less than a minute.
+    assert cost.time(1, model.config.num_features, 1) > 0 and cost.time(10, model.config.num_features, 100) < 60
+    assert model.generation.histogram.weight == before
+    assert_close(model.tokenize(images).values, expected.values)
+
+
+def test_cost_fit():
+    shares = np.array([[1.0, 1, 20], [1, 16, 400], [1, 64, 3000], [1, 128, 4000]])
+    for truth in ((5.0, 2.0, 0.01), (0.0, 2.0, 0.0), (3.0, 1.0, 0.0)):
+        assert _fit(shares, shares @ np.array(truth)) == pytest.approx(truth, abs=1e-9)
+    # A part that would come out negative is none.
+    block, position, pair = _fit(shares, np.array([1.0, 16.0, 60.0, 128.0]))
+    assert min(block, position, pair) >= 0 and position == pytest.approx(1.0, rel=0.1)
