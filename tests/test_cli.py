@@ -208,7 +208,7 @@ def test_exit_3_when_the_disk_fails(tmp_path, photos, dove_fast, monkeypatch):
 
 
 def test_exit_3_with_the_trace_for_what_nobody_expected(tmp_path, photos, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("dove_fast.DOVE.tokenize", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("dove_fast.DOVE.encode", lambda *_, **__: 1 / 0)
     assert main(["tokenize", str(photos), str(tmp_path / "s"), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 3
     err = capsys.readouterr().err
     assert "ZeroDivisionError" in err
@@ -220,7 +220,7 @@ def test_exit_3_for_wrong_use_that_the_user_did_not_make(tmp_path, photos, check
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("dove_fast.DOVE.tokenize", fail)
+    monkeypatch.setattr("dove_fast.DOVE.encode", fail)
     assert main(["tokenize", str(photos), str(tmp_path / "s"), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 3
     assert f"{type(error).__name__} in the middle of the job: {error}" in capsys.readouterr().err
 

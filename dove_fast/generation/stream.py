@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,10 +35,14 @@ PREFIX_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class StreamItem:
-    """One image's result: `index` counts the stream from 0; `tokens` (m, d) in the model's dtype, on its device."""
+    """One image's result: `index` counts the stream from 0.
+
+    `tokens`: (m, d) in the model's dtype; `eos_probability`: () fp32, that of the last token; both on its device.
+    """
 
     index: int
     tokens: Tensor
+    eos_probability: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class TokenStream:
     """Tokenize a stream of images; iterate once over the `StreamItem`s, which come in input order.
 
     model: a `DOVE`. images: an iterable of images (3, S, S), as `DOVE.tokenize` takes them but one at a time, or of
-    pairs (image, query); it is read `batch_size` images ahead. batch_size: images that are encoded together. places:
-    rows that are generated together, each at its own step; None takes 2 * batch_size. A row that ends leaves its place
-    to the next image, so that a block computes `places` rows however their lengths differ.
+    pairs (image, query); it is read `batch_size` images ahead. They lie on one device, the model's or the CPU, from
+    where they go to the model's together, as they are: uint8 is a quarter of the bytes.
+    batch_size: images that are encoded together. places: rows that are generated together, each at its own step; None
+    takes 2 * batch_size. A row that ends leaves its place to the next image, so that a block computes `places` rows
+    however their lengths differ.
     length, max_length, eos_threshold, block_size: as in `DOVE.tokenize`.
     `counters` says what was computed so far. Memory: the caches of `places` rows, and results that wait for an earlier
     image, at most those of its T steps.
@@ -93,9 +99,9 @@ class TokenStream:
         self._read = 0
         self._exhausted = False
 
-    def __iter__(self) -> Iterator[StreamItem]:
+    def __iter__(self) -> Generator[StreamItem, None, None]:
         """Yield every image's tokens, in input order."""
-        done: dict[int, Tensor] = {}
+        done: dict[int, StreamItem] = {}
         following = 0
         with ExitStack() as lease:
             batch, positions = None, 0
@@ -111,10 +117,9 @@ class TokenStream:
                     longest = max(item.prefix.shape[0] for item in self._waiting)
                     positions = -(-longest // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
                     batch = self._open(lease, positions)
-                for index, tokens in self._advance(batch, positions):
-                    done[index] = tokens
+                done.update((item.index, item) for item in self._advance(batch, positions))
                 while following in done:
-                    yield StreamItem(following, done.pop(following))
+                    yield done.pop(following)
                     following += 1
 
     def _longer_than(self, positions: int) -> bool:
@@ -146,8 +151,10 @@ class TokenStream:
             return
         for image in images:
             # One at a time, so that an error names what came and not a batch of it.
-            check_images(image[None] if isinstance(image, Tensor) else image, self._model.config, self._model.device)
+            check_images(image[None] if isinstance(image, Tensor) else image, self._model.config)
         together = torch.stack(images)
+        if together.device != self._model.device:
+            together = together.to(self._model.device)
         query_ids = check_queries(queries, len(images), self._model.config)
         raise_if_nonfinite(nonfinite_rows(together))
         for prefix in self._model.prefixes(self._model.encode_in_chunks(together), query_ids):
@@ -155,7 +162,7 @@ class TokenStream:
             self._read += 1
 
     @torch.no_grad()
-    def _advance(self, batch: Batch, positions: int) -> list[tuple[int, Tensor]]:
+    def _advance(self, batch: Batch, positions: int) -> list[StreamItem]:
         """Admit who waits, run one block, and return the tokens of the rows that ended."""
         generation = self._model.generation
         if batch.alive == 0 or batch.free >= self._places * ADMIT_SHARE:
@@ -173,7 +180,11 @@ class TokenStream:
         if generation.learning and self._rule.threshold is not None and self._rule.most == generation.num_tokens:
             generation.histogram.update(lengths)
         tokens = batch.states_of(finished).split(lengths)
-        return [(row.key, states) for row, states in zip(finished, tokens, strict=True)]
+        probabilities = self._model.eos_probability(torch.stack([states[-1] for states in tokens]))
+        return [
+            StreamItem(row.key, states, probability)
+            for row, states, probability in zip(finished, tokens, probabilities, strict=True)
+        ]
 
     def _admit(self, batch: Batch, positions: int) -> None:
         new: list[_Waiting] = []

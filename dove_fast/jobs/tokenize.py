@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dove_fast.data import ImageInput, Loaded, SetAside, ShortSideCenterCrop, list_inputs, load_image, prefetch
-from dove_fast.generation import LengthHistogram
+from dove_fast.generation import LengthHistogram, StreamItem, TokenStream
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.outcome import OnProgress, Progress, stopping
 from dove_fast.jobs.queries import Ids, check_against, hash_queries
 from dove_fast.models.inputs import check_length_options
+from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import DTYPES, StoreSettings, hash_keys
 from dove_fast.store.records import InputError, RecordRow
 from dove_fast.store.shard import ShardWriter
@@ -36,8 +40,8 @@ RESUME = "run the same command again to go on"
 class TokenizeOptions:
     """Options of `tokenize`; `length`, `max_length` and `eos_threshold` are those of `DOVE.tokenize`.
 
-    `batch_size`: images given to the model at a time. `shard_size`: inputs a shard, fixed for a store; a run that
-    was stopped goes on behind the last whole shard.
+    `batch_size`: images encoded at a time; twice as many are generated together. `shard_size`: inputs a shard, fixed
+    for a store; a run that was stopped goes on behind the last whole shard.
     `workers`: threads that decode, None for one a core and at most `MAX_DEFAULT_WORKERS`.
     """
 
@@ -168,6 +172,15 @@ def _environment(loaded: LoadedModel) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What a record says of an image beside its tokens."""
+
+    input: ImageInput
+    width: int
+    height: int
+
+
 class _Work:
     """One run over the units that are missing."""
 
@@ -220,43 +233,48 @@ class _Work:
         # What the schedule learns changes values by rounding. A unit starts from nothing, so that it has the same bytes
         # in a job that was resumed.
         self._model.generation.histogram = LengthHistogram(self._model.config.num_tokens)
-        batch: list[Loaded] = []
+        options = self._options
+        # What was read and has no tokens yet, in the order in which they come.
+        read: deque[_Read] = deque()
+        results = TokenStream(
+            self._model,
+            self._images(shard, stream, count, read),
+            batch_size=options.batch_size,
+            length=options.length,
+            max_length=options.max_length,
+            eos_threshold=options.eos_threshold,
+        )
+        with contextlib.closing(iter(results)) as items:
+            while batch := list(itertools.islice(items, options.batch_size)):
+                self._write_batch(shard, batch, [read.popleft() for _ in batch])
+        self._report()
+
+    def _images(
+        self, shard: ShardWriter, stream: Iterator[Loaded | SetAside], count: int, read: deque[_Read]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a unit's images and queries; those that cannot be used are set aside."""
         for _ in range(count):
             item = next(stream)
             if isinstance(item, SetAside):
                 shard.set_aside(InputError(item.input.key, item.input.source, item.reason))
                 self._done += 1
             else:
-                batch.append(item)
-            if len(batch) == self._options.batch_size:
-                self._write_batch(shard, batch)
-                batch = []
-        if batch:
-            self._write_batch(shard, batch)
-        self._report()
+                read.append(_Read(item.input, item.width, item.height))
+                yield item.pixels, torch.tensor(self._queries.get(item.input.key, ()), dtype=torch.int64)
 
-    def _write_batch(self, shard: ShardWriter, batch: list[Loaded]) -> None:
-        images = torch.stack([item.pixels for item in batch]).to(self._model.device)
-        queries = [torch.tensor(self._queries.get(item.input.key, ()), dtype=torch.int64) for item in batch]
-        tokens, stats = self._model.tokenize(
-            images,
-            queries,
-            length=self._options.length,
-            max_length=self._options.max_length,
-            eos_threshold=self._options.eos_threshold,
-            stats=True,
-        )
-        tokens = tokens.to("cpu")
+    def _write_batch(self, shard: ShardWriter, items: Sequence[StreamItem], read: Sequence[_Read]) -> None:
+        lengths = [len(item.tokens) for item in items]
+        values = torch.cat([item.tokens for item in items]).cpu()
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        probabilities = torch.stack([item.eos_probability for item in items]).tolist()
         rows = [
-            RecordRow(item.input.key, item.input.source, length, item.width, item.height, probability)
-            for item, length, probability in zip(
-                batch, tokens.host_lengths, stats.eos_probability.tolist(), strict=True
-            )
+            RecordRow(image.input.key, image.input.source, length, image.width, image.height, probability)
+            for image, length, probability in zip(read, lengths, probabilities, strict=True)
         ]
-        shard.append(tokens, rows)
-        self._done += len(batch)
-        self.images += len(batch)
-        self._tokens += tokens.values.shape[0]
+        shard.append(RaggedTokens(values, cu_seqlens, max(lengths)), rows)
+        self._done += len(items)
+        self.images += len(items)
+        self._tokens += len(values)
         self._report()
 
     def _report(self) -> None:

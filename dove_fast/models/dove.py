@@ -215,6 +215,10 @@ class DOVE(nn.Module):
             logits = F.linear(states.to(wide), self.eos_head.weight.to(wide), self.eos_head.bias.to(wide))
         return logits.squeeze(-1).float()
 
+    def eos_probability(self, states: Tensor) -> Tensor:
+        """Return the probability (...) fp32 that a position is EOS, for its state (..., d). Source: METHOD section 3."""
+        return self._eos_logits(states).sigmoid()
+
     def decode_padded(self, padded: Tensor, lengths: Tensor) -> Tensor:
         """Decode tokens (B, T, d), zeros behind each image's lengths (B,), to images (B, 3, S, S), not clamped.
 
@@ -303,7 +307,8 @@ class DOVE(nn.Module):
             raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         if deterministic and engine == "oracle":
             raise ValueError("deterministic=True is for the default engine, got engine='oracle'")
-        check_images(images, self.config, self.device)
+        check_images(images, self.config)
+        check_device("images", images, self.device)
         check_length_options(self.config, length, max_length, eos_threshold, block_size)
         query_ids = check_queries(queries, images.shape[0], self.config)
         nonfinite = nonfinite_rows(images)
@@ -324,7 +329,7 @@ class DOVE(nn.Module):
         if not stats:
             return tokens
         return tokens, TokenizeStats(
-            eos_probability=self._eos_logits(tokens.values[tokens.cu_seqlens[1:].long() - 1]).sigmoid(),
+            eos_probability=self.eos_probability(tokens.values[tokens.cu_seqlens[1:].long() - 1]),
             positions_computed=counters.positions,
             positions_needed=sum(self.config.num_features + query.numel() for query in query_ids)
             + tokens.values.shape[0],

@@ -27,8 +27,8 @@ Query = Tensor | str | None
 MAX_ROWS_NAMED = 10
 
 
-def check_images(images: Tensor, config: DOVEConfig, device: torch.device) -> None:
-    """Check images (B, 3, S, S), floating or uint8, on `device`; raise `TypeError` or `ValueError`."""
+def check_images(images: Tensor, config: DOVEConfig) -> None:
+    """Check images (B, 3, S, S), floating or uint8; raise `TypeError` or `ValueError`."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
@@ -36,7 +36,6 @@ def check_images(images: Tensor, config: DOVEConfig, device: torch.device) -> No
     size = config.image_size
     if images.dim() != 4 or images.shape[1:] != (3, size, size):
         raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
-    check_device("images", images, device)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -202,7 +202,7 @@ def test_memory_that_does_not_suffice_says_what_helps(tmp_path, photos, loaded, 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..")
 
-    monkeypatch.setattr(type(loaded.model), "tokenize", fail)
+    monkeypatch.setattr(type(loaded.model), "encode", fail)
     with pytest.raises(JobError, match="out of memory; a smaller batch needs less; run the same command again"):
         tokenize(photos, tmp_path / "s", loaded, OPTIONS)
 
