@@ -1,13 +1,16 @@
-"""The oracle against diffusers + transformers, stage by stage, at the published sizes with random weights.
+"""The whole tokenizer against diffusers + transformers, stage by stage, at the published sizes with random weights.
 
     pytest benchmarks/bench_pipeline.py --benchmark-only --benchmark-json=figures.json
 
 The rival is what the original does and what a user would write: `VQModel` and `GPTNeoXModel` (sdpa, eager), one
-parallel pass over all 512 positions, cut at EOS. Results are compared before anything is timed.
+parallel pass over all 512 positions, cut at EOS. Results are compared before anything is timed. EOS comes at one step
+in a hundred, so lengths are spread over all of 1 to 256. `bench_tokenize_against_the_encoder` is the project's promise:
+the whole of `tokenize` beside diffusers' encoder alone.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -19,7 +22,8 @@ from torch import Tensor
 from transformers import GPTNeoXModel
 from upstream import AMUSED_VQ, PYTHIA_70M, make_bidirectional, make_neox, make_vq, plain_convolutions
 
-from dove_fast import DOVE, DOVEConfig
+from dove_fast import DOVE, DOVEConfig, RaggedTokens
+from dove_fast.generation.engine import LengthRule, generate
 
 RIVAL = "diffusers + transformers"
 
@@ -38,19 +42,37 @@ class Sides:
     padded: Tensor
     grid: Tensor
 
-    def rival_states(self) -> tuple[Tensor, Tensor]:
-        """Return every step's state and EOS logit, all computed in one pass."""
-        features = self.vq.encode(self.images).latents.flatten(2).transpose(1, 2)
+    def rival_states(self, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return every step's state and EOS logit, all computed in one pass, from the images where no features come."""
+        if features is None:
+            features = self.vq.encode(self.images).latents.flatten(2).transpose(1, 2)
         inputs = torch.cat([self.ours.in_proj(features), self.inputs[:, features.shape[1] :]], dim=1)
         states = self.generator(inputs_embeds=inputs).last_hidden_state[:, features.shape[1] :]
         return states, self.ours.eos_head(states).squeeze(-1)
 
-    def rival_tokenize(self) -> list[Tensor]:
+    def rival_tokenize(self, features: Tensor | None = None) -> list[Tensor]:
         """Tokenize as a user of the two libraries would: everything in one pass, then cut."""
-        states, logits = self.rival_states()
+        states, logits = self.rival_states(features)
         stops = logits.sigmoid() > self.ours.config.eos_threshold
         lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, stops.shape[1]).tolist()
         return [row[:length] for row, length in zip(states, lengths, strict=True)]
+
+    def tokens_of(self, features: Tensor) -> RaggedTokens:
+        """Return the engine's tokens for image features."""
+        ours = self.ours
+        prefixes = ours.prefixes(features, [torch.empty(0, dtype=torch.int64)] * len(features))
+        rule = LengthRule(ours.config.num_tokens, ours.config.eos_threshold)
+        return generate(ours.generation, ours.generator, ours.eos_head, prefixes, rule, None)[0]
+
+    def check(self, tokens: RaggedTokens, theirs: list[Tensor]) -> int:
+        """Compare tokens with the rival's, and return how many rows' lengths rounding may decide."""
+        # The preset's threshold is 0.5, the logit 0. Where rounding may decide a length, the common tokens count.
+        clear = (self.rival_states()[1].abs().amin(dim=1) > EOS_LOGIT_MARGIN).tolist()
+        for row, expected in enumerate(theirs):
+            common = min(len(tokens[row]), len(expected))
+            assert_close(tokens[row][:common], expected[:common])
+            assert len(tokens[row]) == len(expected) or not clear[row]
+        return clear.count(False)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +99,7 @@ def sides(device: torch.device, batch: int) -> Sides:
         hook.remove()
         # EOS at one step in a hundred: lengths are spread as a trained model's are.
         ours.eos_head.bias.sub_(logits.quantile(0.99))
+        ours.measure_cost()
         tokens = ours.tokenize(images)
         padded, _ = tokens.to_padded(ours.config.num_tokens)
         side = math.isqrt(ours.config.num_features)
@@ -104,14 +127,17 @@ def bench_encoder(sides: Sides, compare) -> None:
 
 @torch.no_grad()
 def bench_generator(sides: Sides, compare) -> None:
-    """The generator over all N + T positions."""
-
-    def rival() -> Tensor:
-        return sides.generator(inputs_embeds=sides.inputs).last_hidden_state
-
-    assert_close(sides.ours.generator(sides.inputs), rival())
+    """From features to tokens: the engine against all N + T positions."""
+    tokens, theirs = sides.tokens_of(sides.features), sides.rival_tokenize(sides.features)
+    unclear = sides.check(tokens, theirs)
     compare(
-        lambda: sides.ours.generator(sides.inputs), rival, rival_name=RIVAL, images=len(sides.images), stage="generator"
+        lambda: sides.tokens_of(sides.features),
+        lambda: sides.rival_tokenize(sides.features),
+        rival_name=RIVAL,
+        images=len(sides.images),
+        stage="generator",
+        lengths=list(tokens.host_lengths),
+        rows_near_the_threshold=unclear,
     )
 
 
@@ -177,19 +203,36 @@ def bench_decoder(sides: Sides, compare) -> None:
 @torch.no_grad()
 def bench_tokenize(sides: Sides, compare) -> None:
     """Images to tokens, whole."""
-    tokens, theirs = sides.ours.tokenize(sides.images), sides.rival_tokenize()
-    # The preset's threshold is 0.5, the logit 0. Where rounding may decide a length, the common tokens are.
-    clear = (sides.rival_states()[1].abs().amin(dim=1) > EOS_LOGIT_MARGIN).tolist()
-    for row, expected in enumerate(theirs):
-        common = min(len(tokens[row]), len(expected))
-        assert_close(tokens[row][:common], expected[:common])
-        assert len(tokens[row]) == len(expected) or not clear[row]
+    with plain_convolutions():
+        tokens = sides.ours.tokenize(sides.images)
+        unclear = sides.check(tokens, sides.rival_tokenize())
     compare(
         lambda: sides.ours.tokenize(sides.images),
         sides.rival_tokenize,
         rival_name=RIVAL,
         images=len(sides.images),
         stage="tokenize",
-        lengths=tokens.lengths.tolist(),
-        rows_near_the_threshold=clear.count(False),
+        lengths=list(tokens.host_lengths),
+        rows_near_the_threshold=unclear,
+    )
+
+
+@pytest.mark.parametrize("layout", ["as it comes", "channels-last"])
+@torch.no_grad()
+def bench_tokenize_against_the_encoder(sides: Sides, compare, layout: str) -> None:
+    """Images to tokens, whole, against `VQModel.encode` alone: above 1 the adaptive tokens cost less than nothing."""
+    with plain_convolutions():
+        tokens = sides.ours.tokenize(sides.images)
+        unclear = sides.check(tokens, sides.rival_tokenize())
+    vq, images = sides.vq, sides.images
+    if layout == "channels-last":
+        vq = copy.deepcopy(vq).to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    compare(
+        lambda: sides.ours.tokenize(sides.images),
+        lambda: vq.encode(images).latents,
+        rival_name=f"VQModel.encode {layout}",
+        images=len(sides.images),
+        lengths=list(tokens.host_lengths),
+        rows_near_the_threshold=unclear,
     )

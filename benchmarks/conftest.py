@@ -107,12 +107,44 @@ Compare = Callable[..., None]
 # One line a comparison, printed behind pytest-benchmark's own table, which knows nothing of rivals.
 _COMPARISONS: list[str] = []
 
+# Ours and the rival's seconds of the stages that a benchmark named, for Amdahl's table.
+_STAGES: dict[str, tuple[float, float]] = {}
+# What a job runs one after the other.
+_JOBS = {"tokenize": ("encoder", "generator"), "decode": ("token decoder", "quantizer", "decoder")}
+
+
+def _amdahl(stages: dict[str, tuple[float, float]]) -> list[str]:
+    """Return, for every job whose stages were all measured, each stage's share and what it could still give.
+
+    "if free" is the job's speed-up were the stage to cost nothing: 1 / (1 - its share), which is all that work on it
+    can bring.
+    """
+    lines = []
+    for job, parts in _JOBS.items():
+        if not all(part in stages for part in parts):
+            continue
+        ours, theirs = (sum(stages[part][side] for part in parts) for side in (0, 1))
+        lines.append(f"{job:16} {ours * 1e3:10.1f} ms   rival {theirs * 1e3:10.1f} ms   ratio {theirs / ours:.2f}")
+        for part in parts:
+            mine, rivals = stages[part]
+            share = mine / ours
+            free = f"{1 / (1 - share):.2f}" if share < 1 else "-"
+            lines.append(
+                f"  {part:14} {mine * 1e3:10.1f} ms   rival {rivals * 1e3:10.1f} ms   ratio {rivals / mine:.2f}"
+                f"   share {100 * share:5.1f} % (rival's {100 * rivals / theirs:5.1f} %)   if free {free}"
+            )
+    return lines
+
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print every comparison's medians and their ratio."""
     if _COMPARISONS:
         terminalreporter.section("ours against the rival, medians of runs in turn")
         for line in _COMPARISONS:
+            terminalreporter.write_line(line)
+    if table := _amdahl(_STAGES):
+        terminalreporter.section("where the time goes, stage by stage")
+        for line in table:
             terminalreporter.write_line(line)
 
 
@@ -198,6 +230,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
     for images a second. `flop`, `moved`: what the problem needs in
     floating-point operations and in bytes read and written, whoever does it; then ours is also given in GFLOP/s and
     GB/s, and as a share of the larger floor that the device's measured ceilings set.
+    `stage`: the call is this stage of a job, for Amdahl's table at the end.
     Call it once the results were compared: a figure for a wrong result is worth nothing.
     """
 
@@ -210,6 +243,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
         flop: float | None = None,
         moved: float | None = None,
         rate: str = "gflops",
+        stage: str | None = None,
         **info: Any,
     ) -> None:
         _timed(rival, device)
@@ -261,6 +295,9 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
             line += f"   {100 * floor / seconds:.0f} % of the ceiling"
         if peaks["peak_bytes"] is not None:
             line += "   peak {:.1f} against {:.1f} MiB".format(*(peak / 2**20 for peak in peaks.values()))
+        if stage is not None:
+            figures["stage"] = stage
+            _STAGES[stage] = seconds, rival_median
         benchmark.extra_info.update(figures | info)
         _COMPARISONS.append(line)
 

@@ -216,7 +216,7 @@ class DOVE(nn.Module):
         return logits.squeeze(-1).float()
 
     def eos_probability(self, states: Tensor) -> Tensor:
-        """Return the probability (...) fp32 that a position is EOS, for its state (..., d). Source: METHOD section 3."""
+        """Return the probability (...) fp32 that a position with state (..., d) is EOS. Source: METHOD section 3."""
         return self._eos_logits(states).sigmoid()
 
     def decode_padded(self, padded: Tensor, lengths: Tensor) -> Tensor:
