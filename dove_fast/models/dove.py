@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dove_fast.config import DOVEConfig
-from dove_fast.generation.engine import Generation, LengthRule, WorkCounters, generate
+from dove_fast.generation.engine import Generation, LengthRule, WorkCounters
 from dove_fast.generation.measure import measure_cost
 from dove_fast.generation.schedule import CostModel
+from dove_fast.generation.tokenize import tokenize_in_blocks, tokenize_in_one_pass
 from dove_fast.models import checkpoint
 from dove_fast.models.gpt_neox import GPTNeoX, step_embeddings
 from dove_fast.models.inputs import (
@@ -33,14 +34,11 @@ from dove_fast.models.inputs import (
     raise_if_nonfinite,
     raise_if_nonfinite_tokens,
 )
-from dove_fast.models.lengths import eos_lengths
 from dove_fast.models.vqgan import VQGAN
 from dove_fast.ragged import RaggedTokens
 
 __all__ = ["DOVE", "TokenizeStats"]
 
-# Steps a block where an image's tokens must not depend on what was learned.
-DETERMINISTIC_BLOCK = 32
 ENGINES = ("blocks", "oracle")
 
 # What the activations of one chunk of images may take; a batch is worked through in chunks of at least one image.
@@ -294,7 +292,7 @@ class DOVE(nn.Module):
         engine: None or "blocks" steps in blocks and stops at EOS; "oracle" computes every position in one pass.
         deterministic: an image's tokens are the same, bit for bit, whatever images, how many and in which order are in
         the batch, on the same device with the same software, number of threads and options: every image goes through
-        the model alone, in blocks of `block_size`, by default DETERMINISTIC_BLOCK, and nothing is learned. It takes
+        the model alone, in blocks of `block_size`, by default of 32 steps, and nothing is learned. It takes
         longer where a device is not filled by one image. Not with the oracle.
         stats: also return a `TokenizeStats`.
 
@@ -319,10 +317,10 @@ class DOVE(nn.Module):
         if images.shape[0] == 0:
             tokens, counters = RaggedTokens.from_padded(self._no_states(), []), WorkCounters()
         elif engine == "oracle":
-            tokens, counters = self._tokenize_in_one_pass(images, query_ids, rule)
+            tokens, counters = tokenize_in_one_pass(self, images, query_ids, rule)
         else:
             size = None if block_size is None else int(block_size)
-            tokens, counters = self._tokenize_in_blocks(images, query_ids, rule, size, deterministic)
+            tokens, counters = tokenize_in_blocks(self, images, query_ids, rule, size, deterministic)
         # On a GPU the one read at the end.
         if images.device.type != "cpu":
             raise_if_nonfinite(nonfinite)
@@ -338,59 +336,6 @@ class DOVE(nn.Module):
             bytes_to_host=counters.bytes_to_host,
         )
 
-    def _tokenize_in_blocks(
-        self,
-        images: Tensor,
-        query_ids: Sequence[Tensor],
-        rule: LengthRule,
-        block_size: int | None,
-        deterministic: bool,
-    ) -> tuple[RaggedTokens, WorkCounters]:
-        """The engine: all images together, or each alone where `deterministic`."""
-        together = [slice(0, images.shape[0])]
-        if deterministic:
-            together = [slice(row, row + 1) for row in range(images.shape[0])]
-            block_size = block_size or DETERMINISTIC_BLOCK
-        parts = []
-        counters = WorkCounters()
-        for rows in together:
-            # Alike in memory, too: kernels may differ by strides.
-            some = images[rows].contiguous() if deterministic else images[rows]
-            prefixes = self.prefixes(self.encode_in_chunks(some), query_ids[rows])
-            tokens, counted = generate(
-                self.generation,
-                self.generator,
-                self.eos_head,
-                prefixes,
-                rule,
-                block_size,
-                learn=not deterministic,
-            )
-            parts.append(tokens)
-            counters.add(counted)
-        return RaggedTokens.cat(parts) if len(parts) > 1 else parts[0], counters
-
-    def _tokenize_in_one_pass(
-        self, images: Tensor, query_ids: Sequence[Tensor], rule: LengthRule
-    ) -> tuple[RaggedTokens, WorkCounters]:
-        """The oracle: every position of every image, in chunks of bounded memory."""
-        parts = []
-        counters = WorkCounters()
-        for rows in self._chunks(images.shape[0]):
-            states, eos_logits = self.generate(self.encode(images[rows]), query_ids[rows])
-            if rule.threshold is None:
-                lengths = [rule.most] * states.shape[0]
-            else:
-                found = eos_lengths(eos_logits, rule.threshold).clamp(max=rule.most)
-                counters.bytes_to_host += found.nbytes
-                lengths = found.tolist()
-            parts.append(RaggedTokens.from_padded(states, lengths))
-            counters.blocks += 1
-            counters.positions += sum(
-                self.config.num_features + query.numel() + self.config.num_tokens for query in query_ids[rows]
-            )
-        return RaggedTokens.cat(parts), counters
-
     def measure_cost(self) -> CostModel:
         """Time blocks of a few shapes on this device, and let the schedule of `tokenize` go by them from now on.
 
@@ -403,7 +348,7 @@ class DOVE(nn.Module):
 
     def encode_in_chunks(self, images: Tensor) -> Tensor:
         """Encode as `encode` does, so many images at a time as bounded memory takes -> (B, N, C)."""
-        return torch.cat([self.encode(images[rows]) for rows in self._chunks(images.shape[0])])
+        return torch.cat([self.encode(images[rows]) for rows in self.chunks(images.shape[0])])
 
     def prefixes(self, features: Tensor, queries: Sequence[Tensor]) -> list[Tensor]:
         """Return what each row's steps follow, B tensors (N + L_b, d): its features, projected, and its query's ids.
@@ -434,7 +379,7 @@ class DOVE(nn.Module):
             raise_if_nonfinite_tokens(nonfinite, tokens.cu_seqlens)
         size = self.config.image_size
         images = torch.empty((len(tokens), 3, size, size), device=self.device, dtype=self.dtype)
-        for rows in self._chunks(len(tokens)):
+        for rows in self.chunks(len(tokens)):
             padded, lengths = tokens[rows].to(self.dtype).to_padded(self.config.num_tokens)
             images[rows] = self.decode_padded(padded, lengths)
         # On a GPU the one read, at the end.
@@ -481,8 +426,8 @@ class DOVE(nn.Module):
         if len(tokens) and min(tokens.host_lengths) < 1:
             raise ValueError(f"an image has at least 1 token, got none for row {tokens.host_lengths.index(0)}")
 
-    def _chunks(self, batch: int) -> list[slice]:
-        """Row ranges whose activations stay within CHUNK_BYTES."""
+    def chunks(self, batch: int) -> list[slice]:
+        """Return row ranges whose activations in the VQGAN stay within `CHUNK_BYTES`."""
         pixels = self.config.image_size**2
         itemsize = torch.empty(0, dtype=self.dtype).element_size()
         image_bytes = LIVE_ACTIVATIONS * self.config.vqgan.block_out_channels[0] * pixels * itemsize

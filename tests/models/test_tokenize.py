@@ -163,7 +163,7 @@ def test_chunks_do_not_change_the_result(model, monkeypatch):
     queries = [None, torch.tensor([1]), None, torch.tensor([4, 5, 6]), None]
     pictures, tokens = model.reconstruct(images, queries)
     monkeypatch.setattr(dove, "CHUNK_BYTES", {"cpu": 1})
-    assert len(model._chunks(5)) == 5
+    assert len(model.chunks(5)) == 5
     chunked_pictures, chunked = model.reconstruct(images, queries)
     assert_tokens_close(chunked, tokens)
     assert_close(chunked_pictures, pictures)
