@@ -26,36 +26,55 @@ __all__ = ["Positions", "advance", "last_keys_and_values", "prefill"]
 class Positions:
     """Which positions of which rows a call computes; the tensors are on the cache's device.
 
-    cu_seqlens: (R + 1,) int32; slots, starts: (R,) int32, as `ops.prefix_attention` takes them; entry_slots,
-    entry_positions: (total,) int64, the same for every entry.
+    cu_seqlens: (R + 1,) int32; slots, starts: (R,) int32, as `ops.prefix_attention` takes them; steps: (R,) int32, the
+    step that each row starts with. For every entry: entry_slots, entry_positions, entry_steps: (total,) int64.
     """
 
     cu_seqlens: Tensor
     slots: Tensor
     starts: Tensor
+    steps: Tensor
     entry_slots: Tensor
     entry_positions: Tensor
+    entry_steps: Tensor
     max_seqlen: int
 
     @classmethod
-    def of(cls, slots: Sequence[int], starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Positions:
-        """Build from what the host knows, with one upload. Row r goes from starts[r] on, for lengths[r] positions."""
-        counts = np.asarray(lengths, dtype=np.int64)
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-        total, rows = int(offsets[-1]), len(counts)
-        begins = np.asarray(starts, dtype=np.int64)
-        entry_slots = np.repeat(np.asarray(slots, dtype=np.int64), counts)
-        entry_positions = np.arange(total) + np.repeat(begins - offsets[:-1], counts)
-        packed = np.concatenate([entry_slots, entry_positions, offsets, np.asarray(slots, dtype=np.int64), begins])
-        uploaded = torch.from_numpy(packed).to(device, non_blocking=True)
-        small = uploaded[2 * total :].to(torch.int32)
+    def of(
+        cls,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        device: torch.device,
+        *,
+        prefixes: Sequence[int] | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> Positions:
+        """Build from what the host knows, with one upload: counts[r] positions of row r.
+
+        They are the row's first ones, or, with `prefixes` and `steps`, those from step steps[r] on, which comes behind
+        prefixes[r] positions.
+        """
+        count, slot = np.asarray(counts, dtype=np.int64), np.asarray(slots, dtype=np.int64)
+        prefix, step = (
+            np.zeros_like(count) if given is None else np.asarray(given, dtype=np.int64) for given in (prefixes, steps)
+        )
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(count)])
+        total, rows = int(offsets[-1]), len(count)
+        entry_steps = np.arange(total) + np.repeat(step - offsets[:-1], count)
+        entries = [np.repeat(slot, count), entry_steps + np.repeat(prefix, count), entry_steps]
+        uploaded = torch.from_numpy(np.concatenate([*entries, slot, prefix + step, step, offsets]))
+        uploaded = uploaded.to(device, non_blocking=True)
+        by_entry = uploaded[: 3 * total].view(3, total)
+        small = uploaded[3 * total :].to(torch.int32)
         return cls(
-            cu_seqlens=small[: rows + 1],
-            slots=small[rows + 1 : 2 * rows + 1],
-            starts=small[2 * rows + 1 :],
-            entry_slots=uploaded[:total],
-            entry_positions=uploaded[total : 2 * total],
-            max_seqlen=int(counts.max(initial=0)),
+            cu_seqlens=small[3 * rows :],
+            slots=small[:rows],
+            starts=small[rows : 2 * rows],
+            steps=small[2 * rows : 3 * rows],
+            entry_slots=by_entry[0],
+            entry_positions=by_entry[1],
+            entry_steps=by_entry[2],
+            max_seqlen=int(count.max(initial=0)),
         )
 
 
@@ -117,10 +136,9 @@ def prefill(
     cache.values[-1][at] = v
 
 
-def advance(
-    generator: GPTNeoX, tables: StepTables, positions: Positions, steps: Tensor, cache: GeneratorCache
-) -> Tensor:
-    """Run a block: `positions` of rows whose earlier positions are cached, steps (S,) int64 -> final states (S, d)."""
+def advance(generator: GPTNeoX, tables: StepTables, positions: Positions, cache: GeneratorCache) -> Tensor:
+    """Run a block of steps of rows whose earlier positions are cached -> final states (S, d)."""
+    steps = positions.entry_steps
     addends: tuple[Tensor, ...] = ()
     x = tables.embeddings[steps]
     qkv, mlp = tables.qkv[steps], tables.mlp[steps]

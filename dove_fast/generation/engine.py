@@ -165,7 +165,7 @@ class Batch:
         """Take in new rows: their prefixes (P, d), one behind the other, go through the generator now."""
         slots = self.place(keys, prefix_lengths)
         self.counters.positions += embeddings.shape[0]
-        positions = Positions.of(slots, [0] * len(slots), prefix_lengths, embeddings.device)
+        positions = Positions.of(slots, prefix_lengths, embeddings.device)
         prefill(self._generator, embeddings, positions, self.cache, self._generation._last_projection)
 
     def place(self, keys: Sequence[int], prefix_lengths: Sequence[int], step: int = 0) -> list[int]:
@@ -185,18 +185,16 @@ class Batch:
         """
         rows = self._rows
         counts = [min(block_size, self.rule.most - row.step) for row in rows]
-        begins = [row.prefix + row.step for row in rows]
-        device = self.cache.cos.device
-        positions = Positions.of([row.slot for row in rows], begins, counts, device)
-        prefixes = {row.prefix for row in rows}
-        if len(prefixes) == 1:
-            steps = positions.entry_positions - prefixes.pop()
-        else:
-            before = torch.tensor([row.prefix for row in rows]).repeat_interleave(torch.tensor(counts))
-            steps = positions.entry_positions - before.to(device)
+        positions = Positions.of(
+            [row.slot for row in rows],
+            counts,
+            self.cache.cos.device,
+            prefixes=[row.prefix for row in rows],
+            steps=[row.step for row in rows],
+        )
         tables = step_tables(self._generation._tables, self._generator, self._generation.num_tokens)
-        states = advance(self._generator, tables, positions, steps, self.cache).to(self.cache.states.dtype)
-        self.cache.states[positions.entry_slots, steps] = states
+        states = advance(self._generator, tables, positions, self.cache).to(self.cache.states.dtype)
+        self.cache.states[positions.entry_slots, positions.entry_steps] = states
         self.counters.blocks += 1
         self.counters.positions += sum(counts)
         lengths = self._lengths(states, positions, rows, counts)
@@ -217,14 +215,13 @@ class Batch:
         most, threshold = self.rule.most, self.rule.threshold
         if threshold is None:
             return [most if row.step + count == most else 0 for row, count in zip(rows, counts, strict=True)]
-        steps = torch.tensor([row.step for row in rows], dtype=torch.int32).to(states.device, non_blocking=True)
         _, lengths = eos_scan(
             states,
             positions.cu_seqlens,
             self._eos_head.weight,
             self._eos_head.bias,
             threshold=threshold,
-            steps=steps,
+            steps=positions.steps,
             max_length=most,
         )
         self.counters.bytes_to_host += lengths.nbytes
