@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dove_fast.generation.blocks import Positions, advance, last_keys_and_values, prefill
 from dove_fast.generation.cache import CachePool, GeneratorCache, row_bytes
+from dove_fast.generation.decoder import decode, derived_zero_row
 from dove_fast.generation.schedule import CostModel, LengthHistogram, next_block
 from dove_fast.generation.steps import derived_tables, step_tables
 from dove_fast.models.gpt_neox import GPTNeoX
@@ -87,6 +88,7 @@ class Generation:
         self.cost: CostModel | None = None
         self._tables = derived_tables()
         self._last_projection = last_keys_and_values()
+        self._zero_row = derived_zero_row()
         self._pool = CachePool()
 
     def refresh(self) -> None:
@@ -96,11 +98,16 @@ class Generation:
         """
         self._tables.refresh()
         self._last_projection.refresh()
+        self._zero_row.refresh()
         self._pool.clear()
 
     def cost_on(self, device: torch.device) -> CostModel:
         """Return the cost model in use on a device."""
         return self.cost or CostModel.default(device.type)
+
+    def decode(self, token_decoder: GPTNeoX, tokens: RaggedTokens, *, attends_padding: bool) -> Tensor:
+        """Return the token decoder's states (B, T, d) for images of 1 to T tokens each, without gradients."""
+        return decode(token_decoder, tokens, self.num_tokens, self._zero_row, attends_padding=attends_padding)
 
     @contextmanager
     def batch(

@@ -1,7 +1,7 @@
 """DOVE: a VQGAN, a causal token generator that stops at EOS, and a bidirectional token decoder.
 
 The plain forward is the oracle: every position in one pass, as docs/METHOD.md describes it. `tokenize` computes the
-same tokens in blocks (`dove_fast.generation`).
+same tokens in blocks, and `decode` the same images without the padding's first layer (`dove_fast.generation`).
 Shape suffixes: B images, S pixels a side, N features, C feature channels, d width, T the most tokens an image can have.
 """
 
@@ -225,7 +225,11 @@ class DOVE(nn.Module):
         key_mask = None
         if not self.config.decoder_attends_padding:
             key_mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        features = self.out_proj(self.token_decoder(padded, key_mask))
+        return self._pictures(self.token_decoder(padded, key_mask))
+
+    def _pictures(self, states: Tensor) -> Tensor:
+        """Turn the token decoder's states (B, T, d) into images (B, 3, S, S)."""
+        features = self.out_proj(states)
         grid = features.transpose(1, 2).unflatten(2, (self.config.grid_size, self.config.grid_size))
         if self.config.quantize == "nearest":
             grid, _ = self.vqgan.quantize(grid)
@@ -380,8 +384,12 @@ class DOVE(nn.Module):
         size = self.config.image_size
         images = torch.empty((len(tokens), 3, size, size), device=self.device, dtype=self.dtype)
         for rows in self.chunks(len(tokens)):
-            padded, lengths = tokens[rows].to(self.dtype).to_padded(self.config.num_tokens)
-            images[rows] = self.decode_padded(padded, lengths)
+            states = self.generation.decode(
+                self.token_decoder,
+                tokens[rows].to(self.dtype),
+                attends_padding=self.config.decoder_attends_padding,
+            )
+            images[rows] = self._pictures(states)
         # On a GPU the one read, at the end.
         if nonfinite.device.type != "cpu":
             raise_if_nonfinite_tokens(nonfinite, tokens.cu_seqlens)
