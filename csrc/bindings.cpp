@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "dove/allocator.h"
 #include "dove/cuda_error.h"
 #include "dove/eos_scan.h"
 #include "dove/group_norm_silu.h"
@@ -270,6 +271,7 @@ PYBIND11_MODULE(_C, module) {
       return false;
     }
   });
+  module.def("keep_freed_memory", &dove::keep_freed_memory);
   py::register_local_exception_translator(&translate);
 
   module.def("layer_norm_pair_cpu", &layer_norm_pair_cpu);

@@ -3,6 +3,7 @@
 from dove_fast import ops
 from dove_fast.config import DOVEConfig
 from dove_fast.errors import BackendError, CheckpointError, DoveError, StoreError
+from dove_fast.memory import keep_freed_memory
 from dove_fast.models.dove import DOVE, TokenizeStats
 from dove_fast.native import build_info
 from dove_fast.ops.registry import available_backends
@@ -24,5 +25,6 @@ __all__ = [
     "__version__",
     "available_backends",
     "build_info",
+    "keep_freed_memory",
     "ops",
 ]

@@ -262,9 +262,13 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:
+    from dove_fast import keep_freed_memory, native
     from dove_fast.jobs import load_model
 
     loaded = load_model(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype)
+    if loaded.model.device.type == "cpu" and native.why_no_native() is None:
+        # The process is this job's alone, and goes through the same sizes batch after batch.
+        keep_freed_memory()
     if not loaded.trained:
         print(
             "dove-fast: warning: no --checkpoint, so this is the tiny model with random weights: it is untrained, and "

@@ -98,7 +98,7 @@ def read_components(
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, dtype: torch.dtype | None) -> None:
-    """Give a module on the meta device its tensors, cast to `dtype` unless that is None.
+    """Give a module on the meta device its tensors, cast to `dtype` unless that is None, in the module's memory layout.
 
     Raises `CheckpointError` that lists every kind of tensor that is missing, not expected, misshapen or not floating.
     """
@@ -121,8 +121,12 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, dty
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit its configuration: {'; '.join(problems)}")
-    # A copy, because the tensors may be views of a memory-mapped file that somebody overwrites later.
-    module.load_state_dict({name: tensor.to(dtype=dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
+    # Copies, because the tensors may be views of a memory-mapped file that somebody overwrites later.
+    copies = {
+        name: torch.empty_like(expected[name], dtype=dtype or tensor.dtype, device=tensor.device).copy_(tensor)
+        for name, tensor in tensors.items()
+    }
+    module.load_state_dict(copies, assign=True)
 
 
 def write_dove(directory: str | os.PathLike[str], config: DOVEConfig, tensors: Mapping[str, Tensor]) -> None:

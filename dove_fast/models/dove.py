@@ -155,7 +155,7 @@ class DOVE(nn.Module):
         digest = hashlib.sha256(self.config.to_json().encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
         return f"sha256:{digest.hexdigest()}"
 
     @property
@@ -175,12 +175,13 @@ class DOVE(nn.Module):
 
         These are the VQGAN's features before its codebook. Source: METHOD section 2.
         """
-        x = images.to(self.dtype)
-        if images.dtype == torch.uint8:
-            x = x / 255
         low, high = self.config.image_range
-        if (low, high) != (0.0, 1.0):
-            x = x * (high - low) + low
+        scale = (high - low) / 255 if images.dtype == torch.uint8 else high - low
+        # The VQGAN's layout now, as three channels are the cheapest to convert. 0 to 255 are exact in every dtype.
+        x = images.to(self.dtype, memory_format=torch.channels_last)
+        if (low, scale) != (0.0, 1.0):
+            # low + scale x in one pass.
+            x = torch.add(torch.tensor(low, dtype=x.dtype), x, alpha=scale)
         features: Tensor = self.vqgan.encode(x)
         return features.flatten(2).transpose(1, 2)
 

@@ -1,6 +1,9 @@
 """The VQGAN that DOVE wraps, in readable torch; names and mathematics are those of a diffusers `VQModel`.
 
 Shape suffixes: B images, C feature channels, h and w the feature grid's sides, H and W an image's.
+
+Activations and convolutions' weights are channels-last, in memory (B, H, W, C): what the convolutions of oneDNN and
+cuDNN read without a copy, and what attention and the codebook see as rows of C. Every layer keeps its input's layout.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +33,10 @@ def _normalise(norm: nn.GroupNorm, x: Tensor, activation: Literal["silu"] | None
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=activation)
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class ResnetBlock(nn.Module):
     """Two rounds of GroupNorm, SiLU and a 3x3 convolution, added to the input (through a 1x1 if widths differ)."""
 
@@ -44,8 +52,9 @@ class ResnetBlock(nn.Module):
         """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
         hidden = self.conv1(_normalise(self.norm1, x))
         hidden = self.conv2(_normalise(self.norm2, hidden))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + hidden
+        # In place: a convolution's backward does not read its result.
+        hidden += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden
 
 
 class SpatialAttention(nn.Module):
@@ -67,7 +76,11 @@ class SpatialAttention(nn.Module):
         attended = F.scaled_dot_product_attention(
             self.to_q(hidden).unsqueeze(1), self.to_k(hidden).unsqueeze(1), self.to_v(hidden).unsqueeze(1)
         ).squeeze(1)
-        return x + self.to_out[0](attended).transpose(1, 2).reshape(batch, channels, height, width)
+        # (B, h w, C) seen as (B, C, h, w) is channels-last. In place: a linear layer's backward does not read its
+        # result.
+        out: Tensor = self.to_out[0](attended).transpose(1, 2).unflatten(2, (height, width))
+        out += x
+        return out
 
 
 class Downsample(nn.Module):
@@ -166,8 +179,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, latent_channels, h, w)."""
-        x = self.conv_in(images)
+        """(B, 3, H, W) -> (B, latent_channels, h, w), channels-last."""
+        x = self.conv_in(_channels_last(images))
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
@@ -199,8 +212,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, latent_channels, h, w) -> (B, 3, H, W)."""
-        x = self.mid_block(self.conv_in(latents))
+        """(B, latent_channels, h, w) -> (B, 3, H, W), channels-last."""
+        x = self.mid_block(self.conv_in(_channels_last(latents)))
         for block in self.up_blocks:
             x = block(x)
         out: Tensor = self.conv_out(_normalise(self.conv_norm_out, x))
@@ -241,6 +254,8 @@ class VQGAN(nn.Module):
     """Convolutional encoder, codebook and decoder; `state_dict` keys are those of a diffusers `VQModel`.
 
     Works on images in the range it was trained on (`DOVEConfig.image_range`); `DOVE` converts from [0, 1].
+    Takes any memory layout; results and the convolutions' weights are channels-last (`weight.contiguous()` where a file
+    format wants them otherwise).
     """
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -251,6 +266,10 @@ class VQGAN(nn.Module):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.vq_embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
+        # Once: `to` and `load_state_dict` keep it. Contiguous weights work too, and are copied in every call.
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = _channels_last(parameter.data)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) -> features (B, C, h, w), before the codebook."""
@@ -259,7 +278,7 @@ class VQGAN(nn.Module):
 
     def decode(self, features: Tensor) -> Tensor:
         """Decode features (B, C, h, w) -> images (B, 3, H, W); the codebook is the caller's step (`quantize`)."""
-        images: Tensor = self.decoder(self.post_quant_conv(features))
+        images: Tensor = self.decoder(self.post_quant_conv(_channels_last(features)))
         return images
 
     def forward(self, images: Tensor) -> Tensor:
