@@ -8,6 +8,7 @@ are spread by a quarter around their mean. GFLOP/s count what ours computes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,10 +86,13 @@ def random_tokens(lengths: list[int], dtype: torch.dtype, device: torch.device) 
 
 @pytest.fixture
 def in_dtype(sides: Sides, dtype: torch.dtype) -> Sides:
-    """Return both sides in `dtype`."""
-    sides.ours.to(dtype)
-    sides.theirs.to(dtype)
-    return sides
+    """Return copies of both sides in `dtype`; the rotary frequencies, a buffer of theirs, stay in fp32 as ours do."""
+    if dtype == torch.float32:
+        return sides
+    ours, theirs = copy.deepcopy((sides.ours, sides.theirs))
+    for parameter in (*ours.parameters(), *theirs.parameters()):
+        parameter.data = parameter.data.to(dtype)
+    return Sides(ours, theirs, Generation(sides.generation.num_tokens))
 
 
 def ours(sides: Sides, tokens: RaggedTokens, attends_padding: bool) -> Callable[[], Tensor]:
