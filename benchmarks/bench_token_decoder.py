@@ -33,7 +33,9 @@ def large(value: int) -> Any:
 
 RATE = {torch.float32: "gflops_tf32", torch.bfloat16: "gflops_16bit"}
 
-dtypes = pytest.mark.parametrize("dtype", list(RATE), ids=["fp32", "bf16"])
+dtypes = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.large)]
+)
 # What --quick leaves out: on a shared CPU eight images take seconds a call.
 means = pytest.mark.parametrize("mean", [large(32), 96, large(256)])
 batches = pytest.mark.parametrize("images", [1, large(8), large(32)])
