@@ -62,15 +62,16 @@ class Positions:
         total, rows = int(offsets[-1]), len(count)
         entry_steps = np.arange(total) + np.repeat(step - offsets[:-1], count)
         entries = [np.repeat(slot, count), entry_steps + np.repeat(prefix, count), entry_steps]
-        uploaded = torch.from_numpy(np.concatenate([*entries, slot, prefix + step, step, offsets]))
-        uploaded = uploaded.to(device, non_blocking=True)
+        # Each of these starts at a multiple of 16 bytes, whatever R is: kernels are compiled for that.
+        by_row = [np.pad(part, (0, -len(part) % 4)) for part in (slot, prefix + step, step, offsets)]
+        uploaded = torch.from_numpy(np.concatenate([*entries, *by_row])).to(device, non_blocking=True)
         by_entry = uploaded[: 3 * total].view(3, total)
-        small = uploaded[3 * total :].to(torch.int32)
+        small, padded = uploaded[3 * total :].to(torch.int32), len(by_row[0])
         return cls(
-            cu_seqlens=small[3 * rows :],
+            cu_seqlens=small[3 * padded : 3 * padded + rows + 1],
             slots=small[:rows],
-            starts=small[rows : 2 * rows],
-            steps=small[2 * rows : 3 * rows],
+            starts=small[padded : padded + rows],
+            steps=small[2 * padded : 2 * padded + rows],
             entry_slots=by_entry[0],
             entry_positions=by_entry[1],
             entry_steps=by_entry[2],
@@ -125,11 +126,15 @@ def prefill(
         addends = (layer.mlp(for_mlp), _attend(layer.attention, qkv, cache, index, positions))
     last = layers[-1]
     _, for_attention, _ = add_and_normalise(x, addends, last.input_layernorm)
-    projection = last.attention.query_key_value
-    sources = (projection.weight,) if projection.bias is None else (projection.weight, projection.bias)
-    weight, bias = kept_projection(*sources, num_heads=last.attention.num_heads)
-    both = torch.nn.functional.linear(for_attention, weight, bias)
-    k, v = both.view(both.shape[0], last.attention.num_heads, 2, -1).unbind(2)
+    projection, num_heads = last.attention.query_key_value, last.attention.num_heads
+    if type(projection) is torch.nn.Linear:
+        sources = (projection.weight,) if projection.bias is None else (projection.weight, projection.bias)
+        weight, bias = kept_projection(*sources, num_heads=num_heads)
+        both = torch.nn.functional.linear(for_attention, weight, bias)
+        k, v = both.view(both.shape[0], num_heads, 2, -1).unbind(2)
+    else:
+        # Somebody's adapter or quantised layer: what it computes is its own affair.
+        _, k, v = projection(for_attention).view(len(for_attention), num_heads, 3, -1).unbind(2)
     at = (positions.entry_slots, slice(None), positions.entry_positions)
     turn = positions.entry_positions
     cache.keys[-1][at] = rotate(k, cache.cos[turn][:, None], cache.sin[turn][:, None])

@@ -54,9 +54,9 @@ class GeneratorCache:
         return cls(keys, values, cos, sin, states)
 
     def fits(self, slots: int, positions: int, steps: int) -> bool:
-        """Whether this is large enough."""
+        """Whether this is large enough, with so many positions: the order of a reference's sums depends on that."""
         keys = self.keys[0]
-        return keys.shape[0] >= slots and keys.shape[2] >= positions and self.states.shape[1] >= steps
+        return keys.shape[0] >= slots and keys.shape[2] == positions and self.states.shape[1] >= steps
 
 
 def row_bytes(config: GPTNeoXConfig, positions: int, steps: int, itemsize: int) -> int:

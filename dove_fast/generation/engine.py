@@ -27,6 +27,9 @@ __all__ = ["Batch", "Finished", "Generation", "LengthRule", "WorkCounters", "gen
 # What the caches of all rows together may take; more rows are generated in several batches.
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
+# Caches are made for a multiple of so many positions, so that queries of other lengths seldom need a new one.
+POSITION_MULTIPLE = 32
+
 
 @dataclass(frozen=True)
 class LengthRule:
@@ -83,13 +86,31 @@ class Generation:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.histogram = LengthHistogram(num_tokens)
+        self._histogram = LengthHistogram(num_tokens)
         self.learning = True
         self.cost: CostModel | None = None
         self._tables = derived_tables()
         self._last_projection = last_keys_and_values()
         self._zero_row = derived_zero_row()
         self._pool = CachePool()
+
+    @property
+    def histogram(self) -> LengthHistogram:
+        """The lengths that the schedule expects."""
+        return self._histogram
+
+    @histogram.setter
+    def histogram(self, histogram: LengthHistogram) -> None:
+        if not isinstance(histogram, LengthHistogram):
+            raise TypeError(f"histogram must be a LengthHistogram, got {type(histogram).__name__}")
+        if histogram.num_tokens != self.num_tokens:
+            raise ValueError(f"histogram must be over {self.num_tokens} tokens, got {histogram.num_tokens}")
+        self._histogram = histogram
+
+    def learn(self, lengths: Sequence[int], rule: LengthRule) -> None:
+        """Add lengths that EOS decided, with nothing to cut them off, where `learning`."""
+        if self.learning and rule.threshold is not None and rule.most == self.num_tokens:
+            self.histogram.update(lengths)
 
     def refresh(self) -> None:
         """Forget everything that follows from the weights, and give the memory of the caches back.
@@ -116,9 +137,10 @@ class Generation:
         """Lend an empty batch with `slots` places for rows of at most `longest_prefix` prefix positions."""
         weight = generator.final_layer_norm.weight
         device, dtype = weight.device, weight.dtype
-        if torch.is_autocast_enabled(device.type):
+        # Autocast leaves fp64 alone.
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-        positions = longest_prefix + rule.most
+        positions = -(-(longest_prefix + rule.most) // POSITION_MULTIPLE) * POSITION_MULTIPLE
         with self._pool.lease(
             generator.config, slots, positions, rule.most, device=device, dtype=dtype, state_dtype=weight.dtype
         ) as cache:
@@ -239,10 +261,9 @@ class Batch:
         """Return the states (slots, steps, d) of the first places; what is behind a row's end is not initialised."""
         return self.cache.states[:slots]
 
-    def states_of(self, finished: Sequence[Finished]) -> Tensor:
-        """Return the tokens of rows that ended, (total, d), one behind the other."""
-        states = self.cache.states
-        return torch.cat([states[:0, 0], *(states[row.slot, : row.length] for row in finished)])
+    def tokens_of(self, row: Finished) -> Tensor:
+        """Return a copy of the tokens (m, d) of a row that ended."""
+        return self.cache.states[row.slot, : row.length].clone()
 
 
 def generate(
@@ -252,13 +273,10 @@ def generate(
     prefixes: Sequence[Tensor],
     rule: LengthRule,
     block_size: int | None,
-    *,
-    learn: bool = True,
 ) -> tuple[RaggedTokens, WorkCounters]:
     """Generate the tokens of B rows, in as many batches as the memory asks for.
 
     prefixes: B tensors (N + L_b, d), what each row's steps follow. block_size: steps a block, None for the schedule's.
-    learn: whether the lengths go into the histogram, where that learns at all.
     """
     lengths_of = [prefix.shape[0] for prefix in prefixes]
     longest = max(lengths_of)
@@ -272,8 +290,6 @@ def generate(
             parts.append(RaggedTokens.from_padded(batch.states(len(rows)), lengths))
             counters.add(batch.counters)
     tokens = parts[0] if len(parts) == 1 else RaggedTokens.cat(parts)
-    if learn and generation.learning and rule.threshold is not None and rule.most == generation.num_tokens:
-        generation.histogram.update(tokens.host_lengths)
     return tokens, counters
 
 

@@ -142,7 +142,7 @@ def next_block(
     return plan(survival, cost, rows, prefix, step)[0]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _plan(survival: bytes, cost: CostModel, rows: int, prefix: int, step: int) -> tuple[int, ...]:
     table = np.frombuffer(survival)
     last = len(table) - 1

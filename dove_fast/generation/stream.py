@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 from dove_fast.generation.engine import Batch, LengthRule, WorkCounters
-from dove_fast.generation.schedule import stream_block
-from dove_fast.models.inputs import (
-    Query,
-    check_images,
-    check_length_options,
-    check_queries,
-    nonfinite_rows,
-    raise_if_nonfinite,
-)
+from dove_fast.generation.schedule import LengthHistogram, stream_block
+from dove_fast.models.inputs import Query, check_images, check_length_options, check_queries, nonfinite_rows
 
 if TYPE_CHECKING:
     from dove_fast.models.dove import DOVE
@@ -55,15 +48,17 @@ class TokenStream:
     """Tokenize a stream of images; iterate once over the `StreamItem`s, which come in input order.
 
     model: a `DOVE`. images: an iterable of images (3, S, S), as `DOVE.tokenize` takes them but one at a time, or of
-    pairs (image, query); it is read `batch_size` images ahead. They lie on one device, the model's or the CPU, from
-    where they go to the model's together, as they are: uint8 is a quarter of the bytes.
+    pairs (image, query); it is read `batch_size` images ahead. All have one dtype and lie on one device, the model's or
+    the CPU, from where they go to the model's together, as they are: uint8 is a quarter of the bytes.
     batch_size: images that are encoded together. places: rows that are generated together, each at its own step; None
-    takes 2 * batch_size. A row that ends leaves its place to the next image, so that a block computes `places` rows
-    however their lengths differ.
-    length, max_length, eos_threshold, block_size: as in `DOVE.tokenize`.
+    takes 2 * batch_size, or what `CACHE_BYTES` holds. A row that ends leaves its place to the next image, so that a
+    block computes `places` rows however their lengths differ.
+    length, max_length, eos_threshold, block_size: as in `DOVE.tokenize`. histogram: the lengths to expect, which the
+    stream adds its own to; None takes, and teaches, `model.generation`.
     `counters` says what was computed so far. Memory: the caches of `places` rows, and results that wait for an earlier
-    image, at most those of its T steps.
-    Raises `TypeError` or `ValueError` as `DOVE.tokenize` does; rows in the texts count within a batch that was read.
+    image, at most those of its T steps. What autocast and CUDA stream the iteration began under it has to go on under.
+    Raises `TypeError` or `ValueError` as `DOVE.tokenize` does, naming the image by its number in the stream, which ends
+    there: results that were not given out yet are lost. A second iteration is a `RuntimeError`.
     Source: METHOD section 2.
     """
 
@@ -78,6 +73,7 @@ class TokenStream:
         max_length: int | None = None,
         eos_threshold: float | None = None,
         block_size: int | None = None,
+        histogram: LengthHistogram | None = None,
     ) -> None:
         config = model.config
         check_length_options(config, length, max_length, eos_threshold, block_size)
@@ -90,7 +86,8 @@ class TokenStream:
         self._model = model
         self._source = iter(images)
         self._batch_size = batch_size
-        self._places = places or 2 * batch_size
+        self._places = places
+        self._histogram = histogram
         threshold = config.eos_threshold if eos_threshold is None else float(eos_threshold)
         most = int(length or max_length or config.num_tokens)
         self._rule = LengthRule(most, threshold if length is None else None)
@@ -98,14 +95,22 @@ class TokenStream:
         self._waiting: deque[_Waiting] = deque()
         self._read = 0
         self._exhausted = False
+        self._begun_under: tuple[object, ...] | None = None
+        # The dtype and device of the first image, which all others have.
+        self._kind: tuple[torch.dtype, torch.device] | None = None
 
     def __iter__(self) -> Generator[StreamItem, None, None]:
         """Yield every image's tokens, in input order."""
+        if self._begun_under is not None:
+            raise RuntimeError("a TokenStream is iterated once; make another one for more images")
+        self._begun_under = _context(self._model.device)
         done: dict[int, StreamItem] = {}
         following = 0
         with ExitStack() as lease:
             batch, positions = None, 0
             while True:
+                if _context(self._model.device) != self._begun_under:
+                    raise RuntimeError("a TokenStream must go on under the autocast and CUDA stream it was begun under")
                 self._encode_ahead()
                 if not self._waiting and (batch is None or batch.alive == 0):
                     return
@@ -127,9 +132,10 @@ class TokenStream:
 
     def _open(self, lease: ExitStack, positions: int) -> Batch:
         model = self._model
-        batch = lease.enter_context(
-            model.generation.batch(model.generator, model.eos_head, self._places, positions, self._rule)
-        )
+        generation, generator = model.generation, model.generator
+        most_rows = generation.most_rows(generator, positions, self._rule.most)
+        places = self._places or min(2 * self._batch_size, most_rows)
+        batch = lease.enter_context(generation.batch(generator, model.eos_head, places, positions, self._rule))
         # One set of counters over all batches.
         batch.counters = self.counters
         return batch
@@ -139,52 +145,72 @@ class TokenStream:
         """Read and encode the next images, where none waits."""
         if self._waiting or self._exhausted:
             return
-        images, queries = [], []
+        images: list[Tensor] = []
+        query_ids: list[Tensor] = []
         for item in self._source:
             image, query = item if isinstance(item, tuple) else (item, None)
+            query_ids.append(self._checked(self._read + len(images), image, query))
             images.append(image)
-            queries.append(query)
             if len(images) == self._batch_size:
                 break
         self._exhausted = len(images) < self._batch_size
         if not images:
             return
-        for image in images:
-            # One at a time, so that an error names what came and not a batch of it.
-            check_images(image[None] if isinstance(image, Tensor) else image, self._model.config)
         together = torch.stack(images)
+        # Before anything is queued behind it: on a GPU this reads what is there already.
+        flags = nonfinite_rows(together)
+        if flags is not None and (rows := flags.nonzero().squeeze(1).tolist()):
+            raise ValueError(f"image {self._read + rows[0]} of the stream must be finite, got NaN or infinity")
         if together.device != self._model.device:
             together = together.to(self._model.device)
-        query_ids = check_queries(queries, len(images), self._model.config)
-        raise_if_nonfinite(nonfinite_rows(together))
         for prefix in self._model.prefixes(self._model.encode_in_chunks(together), query_ids):
             self._waiting.append(_Waiting(self._read, prefix))
             self._read += 1
+
+    def _checked(self, index: int, image: Tensor, query: Query) -> Tensor:
+        """Check image `index` and its query, and return the query's ids; errors name the image."""
+        try:
+            check_images(image[None] if isinstance(image, Tensor) else image, self._model.config)
+            kind = image.dtype, image.device
+            if image.device.type != "cpu" and image.device != self._model.device:
+                raise ValueError(f"images must be on the CPU or on {self._model.device}, got {image.device}")
+            if kind != (self._kind or kind):
+                expected, device = self._kind or kind
+                raise TypeError(f"all images must be {expected} on {device} like the first, got {kind[0]} on {kind[1]}")
+            self._kind = kind
+            return check_queries([query], 1, self._model.config)[0]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"image {index} of the stream: {error}") from None
 
     @torch.no_grad()
     def _advance(self, batch: Batch, positions: int) -> list[StreamItem]:
         """Admit who waits, run one block, and return the tokens of the rows that ended."""
         generation = self._model.generation
-        if batch.alive == 0 or batch.free >= self._places * ADMIT_SHARE:
+        places = batch.alive + batch.free
+        if batch.alive == 0 or batch.free >= places * ADMIT_SHARE:
             self._admit(batch, positions)
         size = self._block_size
         if size is None and self._rule.threshold is None:
             size = self._rule.most
         elif size is None:
-            survival = generation.histogram.survival(self._rule.most)
-            size = stream_block(survival, generation.cost_on(self._model.device), self._places, positions)
+            survival = (self._histogram or generation.histogram).survival(self._rule.most)
+            size = stream_block(survival, generation.cost_on(self._model.device), places, positions)
         finished = batch.run(size)
         if not finished:
             return []
-        lengths = [row.length for row in finished]
-        if generation.learning and self._rule.threshold is not None and self._rule.most == generation.num_tokens:
-            generation.histogram.update(lengths)
-        tokens = batch.states_of(finished).split(lengths)
+        self._learn([row.length for row in finished])
+        tokens = [batch.tokens_of(row) for row in finished]
         probabilities = self._model.eos_probability(torch.stack([states[-1] for states in tokens]))
         return [
             StreamItem(row.key, states, probability)
             for row, states, probability in zip(finished, tokens, probabilities, strict=True)
         ]
+
+    def _learn(self, lengths: list[int]) -> None:
+        if self._histogram is None:
+            self._model.generation.learn(lengths, self._rule)
+        elif self._rule.threshold is not None and self._rule.most == self._model.config.num_tokens:
+            self._histogram.update(lengths)
 
     def _admit(self, batch: Batch, positions: int) -> None:
         new: list[_Waiting] = []
@@ -193,3 +219,9 @@ class TokenStream:
         if new:
             embeddings = torch.cat([item.prefix for item in new])
             batch.admit([item.index for item in new], embeddings, [item.prefix.shape[0] for item in new])
+
+
+def _context(device: torch.device) -> tuple[object, ...]:
+    """What a cache depends on beside the weights: autocast, and the CUDA stream that writes it."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return autocast, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None

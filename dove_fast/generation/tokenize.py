@@ -46,7 +46,6 @@ def tokenize_in_blocks(
             prefixes,
             rule,
             block_size,
-            learn=not deterministic,
         )
         parts.append(tokens)
         counters.add(counted)

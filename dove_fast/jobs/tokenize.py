@@ -230,9 +230,6 @@ class _Work:
         return self._inputs[index * size : (index + 1) * size]
 
     def _write_unit(self, shard: ShardWriter, stream: Iterator[Loaded | SetAside], count: int) -> None:
-        # What the schedule learns changes values by rounding. A unit starts from nothing, so that it has the same bytes
-        # in a job that was resumed.
-        self._model.generation.histogram = LengthHistogram(self._model.config.num_tokens)
         options = self._options
         # What was read and has no tokens yet, in the order in which they come.
         read: deque[_Read] = deque()
@@ -243,6 +240,9 @@ class _Work:
             length=options.length,
             max_length=options.max_length,
             eos_threshold=options.eos_threshold,
+            # What the schedule learns changes values by rounding. A unit starts from nothing, so that it has the same
+            # bytes in a job that was resumed.
+            histogram=LengthHistogram(self._model.config.num_tokens),
         )
         with contextlib.closing(iter(results)) as items:
             while batch := list(itertools.islice(items, options.batch_size)):

@@ -54,7 +54,8 @@ class TokenizeStats:
     `eos_probability` (B,) fp32: the EOS probability at each image's last kept token.
     `positions_computed`: generator positions that were computed, summed over the images (prefix, query and steps);
     `positions_needed`: those that a result depends on, N + L_b + m_b an image.
-    `blocks`: forwards over steps. `rows_refilled`: images that took the place of another one that had ended.
+    `blocks`: forwards over steps. `rows_refilled`: images that took the place of another one that had ended, which
+    `TokenStream` lets them do (`TokenStream.counters`).
     `bytes_to_host`: what the host read to see which rows had ended.
     """
 
@@ -329,6 +330,8 @@ class DOVE(nn.Module):
         # On a GPU the one read at the end.
         if images.device.type != "cpu":
             raise_if_nonfinite(nonfinite)
+        if engine != "oracle" and not deterministic:
+            self.generation.learn(tokens.host_lengths, rule)
         if not stats:
             return tokens
         return tokens, TokenizeStats(

@@ -46,15 +46,17 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         )
 
 
-def nonfinite_rows(images: Tensor) -> Tensor:
-    """Return (B,) bool on the images' device, True where an image holds NaN or infinity."""
+def nonfinite_rows(images: Tensor) -> Tensor | None:
+    """Return (B,) bool on the images' device, True where an image holds NaN or infinity; None where none can."""
     if not images.is_floating_point():
-        return torch.zeros(images.shape[0], dtype=torch.bool, device=images.device)
+        return None
     return ~torch.isfinite(images).flatten(1).all(dim=1)
 
 
-def raise_if_nonfinite(flags: Tensor) -> None:
-    """Raise `ValueError` that names the rows flagged in flags (B,); one host read."""
+def raise_if_nonfinite(flags: Tensor | None) -> None:
+    """Raise `ValueError` that names the rows flagged in flags (B,); one host read, none for None."""
+    if flags is None:
+        return
     _raise_for_rows("images", flags.nonzero().squeeze(1).tolist())
 
 

@@ -54,9 +54,9 @@ def decided(model, images, queries, threshold=None, margin=EOS_LOGIT_MARGIN):
 
 def assert_same_tokens(model, images, queries, **options):
     """Compare the engine with the oracle, row by row; the rows that rounding may decide apart. Return how many."""
-    block_size = options.pop("block_size", None)
+    ours = {name: options.pop(name) for name in ("block_size", "deterministic") if name in options}
     expected = model.tokenize(images, queries, engine="oracle", **options)
-    actual = model.tokenize(images, queries, block_size=block_size, **options)
+    actual = model.tokenize(images, queries, **options, **ours)
     assert actual.values.dtype == expected.values.dtype
     sure = decided(model, images, queries or [None] * len(images), options.get("eos_threshold"))
     if "length" in options:
@@ -139,8 +139,11 @@ def test_autocast(model, exact_model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         theirs = relative_error(model.tokenize(images, length=NUM_TOKENS, engine="oracle").values, truth)
         tokens = model.tokenize(images, length=NUM_TOKENS, block_size=5)
+        # fp64 is none of autocast's business.
+        exact = exact_model.tokenize(images.double(), length=NUM_TOKENS, block_size=5).values
     assert tokens.values.dtype == torch.float32
     assert relative_error(tokens.values, truth) <= 1.5 * theirs
+    assert_close(exact, truth)
     # What was kept under autocast is not used without it.
     assert_close(model.tokenize(images, length=NUM_TOKENS).values, truth)
 
@@ -231,23 +234,24 @@ def test_a_cache_is_used_again(model):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "hidden"),
     [
-        lambda model: model.load_state_dict(micro_model(3).state_dict()),
-        lambda model: model.double(),
-        lambda model: [parameter.data.add_(0.01) for parameter in model.generator.parameters()],
-        lambda model: torch.nn.init.normal_(model.generator.layers[0].mlp.dense_4h_to_h.bias),
-        lambda model: torch.nn.init.normal_(model.generator.layers[-1].attention.query_key_value.weight),
+        (lambda model: model.load_state_dict(micro_model(3).state_dict()), False),
+        (lambda model: model.double(), False),
+        # A write through .data is not seen: that is what refresh is for.
+        (lambda model: [parameter.data.add_(0.01) for parameter in model.generator.parameters()], True),
+        (lambda model: torch.nn.init.normal_(model.generator.layers[0].mlp.dense_4h_to_h.bias), False),
+        (lambda model: torch.nn.init.normal_(model.generator.layers[-1].attention.query_key_value.weight), False),
     ],
     ids=["load", "dtype", "data", "first layer", "last layer"],
 )
-def test_changed_weights_change_the_tokens(change):
+def test_changed_weights_change_the_tokens(change, hidden):
     model = micro_model()
     images = sample_images(4)
     before = model.tokenize(images, length=NUM_TOKENS).values
     change(model)
-    # A write through .data is not seen: that is what refresh is for.
-    model.generation.refresh()
+    if hidden:
+        model.generation.refresh()
     images = images.to(model.dtype)
     expected = model.tokenize(images, length=NUM_TOKENS, engine="oracle").values
     assert_close(model.tokenize(images, length=NUM_TOKENS).values, expected)
@@ -308,10 +312,12 @@ def test_threads(model):
     assert not failures
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"block_size": 3}, {"length": 9}])
-def test_deterministic_bits(model, options):
-    """Whatever else is in the batch, how it lies in memory and what was learned."""
-    images = sample_images(9)
+def test_deterministic_bits(model, exact_model, options, dtype):
+    """Whatever else is in the batch, how it lies in memory, what was learned and what is in the kept cache."""
+    model = exact_model if dtype == torch.float64 else model
+    images = sample_images(9).to(dtype)
     queries = [torch.tensor([1, 2, 3]) if row % 4 == 1 else None for row in range(9)]
     together = model.tokenize(images, queries, deterministic=True, **options)
     for order in ([0], [8, 1], [1, 1, 1], [5, 4, 3, 2, 1, 0], list(range(9))):
@@ -320,9 +326,9 @@ def test_deterministic_bits(model, options):
         for place, row in enumerate(order):
             assert torch.equal(tokens[place], together[row])
         # Another cache, and another history.
-        model.tokenize(sample_images(3, seed=len(order)))
+        model.tokenize(sample_images(3, seed=len(order)).to(dtype), [torch.arange(16)] * 3)
         gc.collect()
-    assert_same_tokens(model, images, queries, **options)
+    assert_same_tokens(exact_model, images.double(), queries, deterministic=True, **options)
 
 
 def test_deterministic_refuses_the_oracle(model):
@@ -367,3 +373,28 @@ def test_cost_fit():
     # A part that would come out negative is none.
     block, position, pair = _fit(shares, np.array([1.0, 16.0, 60.0, 128.0]))
     assert min(block, position, pair) >= 0 and position == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_wrapped_projection_is_called(model):
+    """An adapter around the last layer's projection is not gone round."""
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+    model = copy.deepcopy(model)
+    attention = model.generator.layers[-1].attention
+    plain = attention.query_key_value
+    attention.query_key_value = Adapter(plain.in_features, plain.out_features)
+    attention.query_key_value.load_state_dict(plain.state_dict())
+    images = sample_images(3)
+    expected = model.tokenize(images, length=NUM_TOKENS, engine="oracle").values
+    assert_close(model.tokenize(images, length=NUM_TOKENS).values, expected)
+
+
+def test_histogram_is_checked(model):
+    model = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=f"histogram must be over {NUM_TOKENS} tokens, got 9"):
+        model.generation.histogram = LengthHistogram(9)
+    with pytest.raises(TypeError, match="histogram must be a LengthHistogram, got list"):
+        model.generation.histogram = [1, 2]
