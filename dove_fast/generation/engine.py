@@ -22,13 +22,18 @@ from dove_fast.models.gpt_neox import GPTNeoX
 from dove_fast.ops import eos_scan
 from dove_fast.ragged import RaggedTokens
 
-__all__ = ["Batch", "Finished", "Generation", "LengthRule", "WorkCounters", "generate"]
+__all__ = ["Batch", "Finished", "Generation", "LengthRule", "WorkCounters", "generate", "rounded_up"]
 
 # What the caches of all rows together may take; more rows are generated in several batches.
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 # Caches are made for a multiple of so many positions, so that queries of other lengths seldom need a new one.
 POSITION_MULTIPLE = 32
+
+
+def rounded_up(positions: int) -> int:
+    """Return the least multiple of POSITION_MULTIPLE that holds so many positions."""
+    return -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class LengthRule:
 
     most: int
     threshold: float | None
+
+    def leaves_to_eos(self, num_tokens: int) -> bool:
+        """Whether rows end where EOS says, cut off by nothing but T: such lengths are what a histogram learns from."""
+        return self.threshold is not None and self.most == num_tokens
 
 
 @dataclass
@@ -108,8 +117,8 @@ class Generation:
         self._histogram = histogram
 
     def learn(self, lengths: Sequence[int], rule: LengthRule) -> None:
-        """Add lengths that EOS decided, with nothing to cut them off, where `learning`."""
-        if self.learning and rule.threshold is not None and rule.most == self.num_tokens:
+        """Add the lengths of rows that ended by `rule`, where `learning` and EOS decided them."""
+        if self.learning and rule.leaves_to_eos(self.num_tokens):
             self.histogram.update(lengths)
 
     def refresh(self) -> None:
@@ -140,7 +149,7 @@ class Generation:
         # Autocast leaves fp64 alone.
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-        positions = -(-(longest_prefix + rule.most) // POSITION_MULTIPLE) * POSITION_MULTIPLE
+        positions = rounded_up(longest_prefix + rule.most)
         with self._pool.lease(
             generator.config, slots, positions, rule.most, device=device, dtype=dtype, state_dtype=weight.dtype
         ) as cache:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dove_fast.generation.engine import Batch, LengthRule, WorkCounters
+from dove_fast.generation.engine import Batch, LengthRule, WorkCounters, rounded_up
 from dove_fast.generation.schedule import LengthHistogram, stream_block
 from dove_fast.models.inputs import Query, check_images, check_length_options, check_queries, nonfinite_rows
 
@@ -22,8 +22,6 @@ __all__ = ["StreamItem", "TokenStream"]
 
 # New rows wait until this share of the places is free: a prefill of one row does not fill a device.
 ADMIT_SHARE = 0.25
-# The caches are made for prefixes of a multiple of so many positions, so that few lengths need new ones.
-PREFIX_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -119,8 +117,7 @@ class TokenStream:
                     lease.close()
                     batch = None
                 if batch is None:
-                    longest = max(item.prefix.shape[0] for item in self._waiting)
-                    positions = -(-longest // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
+                    positions = rounded_up(max(item.prefix.shape[0] for item in self._waiting))
                     batch = self._open(lease, positions)
                 done.update((item.index, item) for item in self._advance(batch, positions))
                 while following in done:
@@ -209,7 +206,7 @@ class TokenStream:
     def _learn(self, lengths: list[int]) -> None:
         if self._histogram is None:
             self._model.generation.learn(lengths, self._rule)
-        elif self._rule.threshold is not None and self._rule.most == self._model.config.num_tokens:
+        elif self._rule.leaves_to_eos(self._model.config.num_tokens):
             self._histogram.update(lengths)
 
     def _admit(self, batch: Batch, positions: int) -> None:
