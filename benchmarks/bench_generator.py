@@ -11,13 +11,12 @@ Every token is compared with the rival's before anything is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
+from forced_lengths import draw, forced, spread
 from tolerances import assert_close
 from torch import Tensor
 from transformers import GPTNeoXModel
@@ -25,49 +24,15 @@ from upstream import PYTHIA_70M, make_neox
 
 from dove_fast import DOVE, DOVEConfig, RaggedTokens
 from dove_fast.generation import LengthHistogram
-from dove_fast.generation.engine import Batch, LengthRule, generate
+from dove_fast.generation.batch import LengthRule
+from dove_fast.generation.engine import generate
 from dove_fast.models.gpt_neox import step_embeddings
 
 STEPS, PREFIX, WIDTH = 256, 256, 512
+SINGLE_IMAGES = 5
 # (B, mean length, distribution)
 GAMMA = [(batch, mean, "gamma") for batch in (1, 8, 32) for mean in (32, 96, 160, 256)]
 OTHERS = [(8, 96, "uniform"), (8, 144, "two"), (8, 96, "same")]
-
-
-def draw(distribution: str, mean: int, count: int, seed: int) -> list[int]:
-    """Return `count` lengths from 1 to T.
-
-    gamma: shape 4, a spread of half the mean, cut at T; uniform: from 1 to twice the mean; two: a tenth of the mean or
-    T; same: the mean. A mean of T is T for all.
-    """
-    random = np.random.default_rng(seed)
-    if mean == STEPS or distribution == "same":
-        return [mean] * count
-    if distribution == "gamma":
-        lengths = random.gamma(4.0, mean / 4.0, count)
-    elif distribution == "uniform":
-        lengths = random.uniform(1, 2 * mean, count)
-    else:
-        short = mean / 10
-        lengths = np.where(random.random(count) < (mean - short) / (STEPS - short), STEPS, short)
-    return [int(length) for length in np.clip(np.round(lengths), 1, STEPS)]
-
-
-@contextmanager
-def forced(lengths: list[int]) -> Iterator[None]:
-    """Give row `key` lengths[key] tokens, whatever EOS says; what that costs stays."""
-    decide = Batch._lengths
-
-    def decide_and_replace(self, states, positions, rows, counts):
-        decide(self, states, positions, rows, counts)
-        return [
-            lengths[row.key] if row.step + count >= lengths[row.key] else 0
-            for row, count in zip(rows, counts, strict=True)
-        ]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batch, "_lengths", decide_and_replace)
-        yield
 
 
 @dataclass
@@ -113,27 +78,39 @@ def sides(device: torch.device) -> Sides:
 def run(sides: Sides, compare, device, batch: int, mean: int, distribution: str, block_size: int | None, rival: str):
     """Compare, then time."""
     random = torch.Generator().manual_seed(batch)
-    prefixes = torch.randn(batch, PREFIX, WIDTH, generator=random).to(device, sides.ours.dtype)
-    lengths = draw(distribution, mean, batch, seed=batch)
-    sides.ours.generation.histogram = LengthHistogram(STEPS, draw(distribution, mean, 10000, seed=99))
+    # One length does not stand for a distribution: single images are several, one after the other.
+    images = batch if batch > 1 else SINGLE_IMAGES
+    prefixes = torch.randn(images, PREFIX, WIDTH, generator=random).to(device, sides.ours.dtype)
+    lengths = spread(distribution, mean, STEPS, images)
+    sides.ours.generation.histogram = LengthHistogram(STEPS, draw(distribution, mean, STEPS))
     stack = sides.rival(rival)
-    with forced(lengths):
-        tokens = sides.engine(prefixes, block_size)
-        expected = sides.one_pass(stack, prefixes)
-        assert list(tokens.host_lengths) == lengths
-        assert_close(tokens.values, torch.cat([row[:n] for row, n in zip(expected, lengths, strict=True)]))
-        compare(
-            lambda: sides.engine(prefixes, block_size),
-            lambda: sides.one_pass(stack, prefixes),
-            rival_name=rival,
-            images=batch,
-            batch_size=batch,
-            mean_length=sum(lengths) / batch,
-            asked_mean=mean,
-            distribution=distribution,
-            longest=max(lengths),
-            block_size=block_size,
-        )
+    batches = [(prefixes[at : at + batch], lengths[at : at + batch]) for at in range(0, images, batch)]
+
+    def ours() -> RaggedTokens:
+        parts = []
+        for some, theirs in batches:
+            with forced(theirs):
+                parts.append(sides.engine(some, block_size))
+        return RaggedTokens.cat(parts)
+
+    def theirs() -> list[Tensor]:
+        return [sides.one_pass(stack, some) for some, _ in batches]
+
+    tokens, expected = ours(), torch.cat(theirs())
+    assert list(tokens.host_lengths) == lengths
+    assert_close(tokens.values, torch.cat([row[:n] for row, n in zip(expected, lengths, strict=True)]))
+    compare(
+        ours,
+        theirs,
+        rival_name=rival,
+        images=images,
+        batch_size=batch,
+        mean_length=sum(lengths) / images,
+        asked_mean=mean,
+        distribution=distribution,
+        longest=max(lengths),
+        block_size=block_size,
+    )
 
 
 def _cases(cases):

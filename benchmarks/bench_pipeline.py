@@ -4,13 +4,11 @@
 
 The rival is what the original does and what a user would write: `VQModel` and `GPTNeoXModel` (sdpa, eager), one
 parallel pass over all 512 positions, cut at EOS. Results are compared before anything is timed. EOS comes at one step
-in a hundred, so lengths are spread over all of 1 to 256. `bench_tokenize_against_the_encoder` is the project's promise:
-the whole of `tokenize` beside diffusers' encoder alone.
+in a hundred, so lengths are spread over all of 1 to 256. The project's promise is in bench_promise.py.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -23,7 +21,8 @@ from transformers import GPTNeoXModel
 from upstream import AMUSED_VQ, PYTHIA_70M, make_bidirectional, make_neox, make_vq, plain_convolutions
 
 from dove_fast import DOVE, DOVEConfig, RaggedTokens
-from dove_fast.generation.engine import LengthRule, generate
+from dove_fast.generation.batch import LengthRule
+from dove_fast.generation.engine import generate
 
 RIVAL = "diffusers + transformers"
 
@@ -39,6 +38,7 @@ class Sides:
     images: Tensor
     features: Tensor
     inputs: Tensor
+    tokens: RaggedTokens
     padded: Tensor
     grid: Tensor
 
@@ -104,7 +104,7 @@ def sides(device: torch.device, batch: int) -> Sides:
         padded, _ = tokens.to_padded(ours.config.num_tokens)
         side = math.isqrt(ours.config.num_features)
         grid = ours.out_proj(ours.token_decoder(padded)).transpose(1, 2).unflatten(2, (side, side))
-    return Sides(ours, vq, generator, decoder, images, features, captured[0], padded, grid)
+    return Sides(ours, vq, generator, decoder, images, features, captured[0], tokens, padded, grid)
 
 
 @torch.no_grad()
@@ -148,9 +148,13 @@ def bench_token_decoder(sides: Sides, compare) -> None:
     def rival() -> Tensor:
         return sides.token_decoder(inputs_embeds=sides.padded).last_hidden_state
 
-    assert_close(sides.ours.token_decoder(sides.padded), rival())
+    def ours() -> Tensor:
+        attends = sides.ours.config.decoder_attends_padding
+        return sides.ours.generation.decode(sides.ours.token_decoder, sides.tokens, attends_padding=attends)
+
+    assert_close(ours(), rival())
     compare(
-        lambda: sides.ours.token_decoder(sides.padded),
+        ours,
         rival,
         rival_name=RIVAL,
         images=len(sides.images),
@@ -212,27 +216,6 @@ def bench_tokenize(sides: Sides, compare) -> None:
         rival_name=RIVAL,
         images=len(sides.images),
         stage="tokenize",
-        lengths=list(tokens.host_lengths),
-        rows_near_the_threshold=unclear,
-    )
-
-
-@pytest.mark.parametrize("layout", ["as it comes", "channels-last"])
-@torch.no_grad()
-def bench_tokenize_against_the_encoder(sides: Sides, compare, layout: str) -> None:
-    """Images to tokens, whole, against `VQModel.encode` alone: above 1 the adaptive tokens cost less than nothing."""
-    with plain_convolutions():
-        tokens = sides.ours.tokenize(sides.images)
-        unclear = sides.check(tokens, sides.rival_tokenize())
-    vq, images = sides.vq, sides.images
-    if layout == "channels-last":
-        vq = copy.deepcopy(vq).to(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
-    compare(
-        lambda: sides.ours.tokenize(sides.images),
-        lambda: vq.encode(images).latents,
-        rival_name=f"VQModel.encode {layout}",
-        images=len(sides.images),
         lengths=list(tokens.host_lengths),
         rows_near_the_threshold=unclear,
     )

@@ -231,6 +231,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
     floating-point operations and in bytes read and written, whoever does it; then ours is also given in GFLOP/s and
     GB/s, and as a share of the larger floor that the device's measured ceilings set.
     `stage`: the call is this stage of a job, for Amdahl's table at the end.
+    `memory`: whether to measure the peaks; not for what runs in another process.
     Call it once the results were compared: a figure for a wrong result is worth nothing.
     """
 
@@ -244,12 +245,16 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device
         moved: float | None = None,
         rate: str = "gflops",
         stage: str | None = None,
+        memory: bool = True,
         **info: Any,
     ) -> None:
         _timed(rival, device)
         _timed(ours, device)
         start = time.perf_counter()
-        peaks = {"peak_bytes": _peak_extra(ours, device), "rival_peak_bytes": _peak_extra(rival, device)}
+        peaks = {
+            name: _peak_extra(side, device) if memory else None
+            for name, side in (("peak_bytes", ours), ("rival_peak_bytes", rival))
+        }
         slower = time.perf_counter() - start
         if slower < 1:  # what measuring the memory costs counts there
             slower = max(_timed(ours, device), _timed(rival, device))

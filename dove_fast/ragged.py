@@ -71,6 +71,23 @@ class RaggedTokens:
         return cls._make(values, list(accumulate(lengths, initial=0)), cu_seqlens)
 
     @classmethod
+    def from_rows(cls, rows: Sequence[Tensor]) -> RaggedTokens:
+        """Join rows, each (m, d), in order: what `TokenStream` yields, say. All must have one width, dtype and device.
+
+        Raises `ValueError` for no rows or another shape or device, `TypeError` for another dtype or type.
+        """
+        rows = list(rows)
+        if not rows:
+            raise ValueError("from_rows needs at least one row, got none")
+        for row in rows:
+            _check_values(row, "a row", "(m, d)")
+            _check_alike(rows[0], row, "from_rows")
+        # The offsets first: they refuse a total beyond int32 before anything is copied.
+        offsets = list(accumulate((row.shape[0] for row in rows), initial=0))
+        cu_seqlens = cu_seqlens_from_offsets(offsets, rows[0].device)
+        return cls._make(torch.cat(rows), offsets, cu_seqlens)
+
+    @classmethod
     def cat(cls, batches: Sequence[RaggedTokens]) -> RaggedTokens:
         """Join batches row after row, in order. All must have one width, dtype and device.
 
@@ -84,7 +101,7 @@ class RaggedTokens:
                 raise TypeError(f"cat takes RaggedTokens, got {type(item).__name__}")
         first = batches[0].values
         for item in batches[1:]:
-            _check_alike(first, item.values)
+            _check_alike(first, item.values, "cat")
         lengths = [length for item in batches for length in item.host_lengths]
         # The offsets first: they refuse a total beyond int32 before anything is copied.
         offsets = list(accumulate(lengths, initial=0))
@@ -215,11 +232,11 @@ class RaggedTokens:
         )
 
 
-def _check_values(values: Tensor) -> None:
+def _check_values(values: Tensor, name: str = "values", shape: str = "(total, d)") -> None:
     if not isinstance(values, Tensor):
-        raise TypeError(f"values must be a tensor, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
     if values.dim() != 2:
-        raise ValueError(f"values must have shape (total, d), got {tuple(values.shape)}")
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
 
 
 def _checked_offsets(values: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
@@ -243,10 +260,10 @@ def _checked_offsets(values: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
     return offsets
 
 
-def _check_alike(first: Tensor, other: Tensor) -> None:
+def _check_alike(first: Tensor, other: Tensor, caller: str) -> None:
     if other.shape[1] != first.shape[1]:
-        raise ValueError(f"cat needs one width, got {first.shape[1]} and {other.shape[1]}")
+        raise ValueError(f"{caller} needs one width, got {first.shape[1]} and {other.shape[1]}")
     if other.dtype != first.dtype:
-        raise TypeError(f"cat needs one dtype, got {first.dtype} and {other.dtype}")
+        raise TypeError(f"{caller} needs one dtype, got {first.dtype} and {other.dtype}")
     if other.device != first.device:
-        raise ValueError(f"cat needs one device, got {first.device} and {other.device}")
+        raise ValueError(f"{caller} needs one device, got {first.device} and {other.device}")

@@ -88,6 +88,24 @@ def test_nested_round_trip(lengths):
     assert_rows(RaggedTokens.from_nested(nested), make_rows(lengths))
 
 
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_from_rows(lengths):
+    assert_rows(RaggedTokens.from_rows(make_rows(lengths)), make_rows(lengths))
+
+
+def test_from_rows_refuses_rows_that_differ():
+    row = torch.zeros(2, 3)
+    for rows, error, message in (
+        ([], ValueError, "from_rows needs at least one row, got none"),
+        ([row, [1.0]], TypeError, "a row must be a tensor, got list"),
+        ([row, row[0]], ValueError, r"a row must have shape \(m, d\), got \(3,\)"),
+        ([row, torch.zeros(2, 4)], ValueError, "from_rows needs one width, got 3 and 4"),
+        ([row, row.double()], TypeError, r"from_rows needs one dtype, got torch\.float32 and torch\.float64"),
+    ):
+        with pytest.raises(error, match=message):
+            RaggedTokens.from_rows(rows)
+
+
 def test_nested_with_holes():
     values = torch.arange(30.0).view(10, 3)
     offsets, lengths = torch.tensor([0, 4, 4, 10]), torch.tensor([2, 0, 5])

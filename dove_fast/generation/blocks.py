@@ -11,15 +11,16 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dove_fast.generation.cache import GeneratorCache
+from dove_fast.generation.linear import PackedLinears
 from dove_fast.generation.steps import StepTables
 from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import Attention, GPTNeoX, Layer, add_and_normalise, rotate
 from dove_fast.ops import prefix_attention
 
-__all__ = ["Positions", "advance", "last_keys_and_values", "prefill"]
+__all__ = ["Positions", "advance", "by_row", "last_keys_and_values", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -40,46 +41,55 @@ class Positions:
     max_seqlen: int
 
     @classmethod
-    def of(
-        cls,
-        slots: Sequence[int],
-        counts: Sequence[int],
-        device: torch.device,
-        *,
-        prefixes: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-    ) -> Positions:
-        """Build from what the host knows, with one upload: counts[r] positions of row r.
+    def from_rows(cls, rows: Tensor, count: int, total: int, max_seqlen: int) -> Positions:
+        """Build from `by_row`'s tensor of `count` rows, where that lies: on a GPU without a read or an upload.
 
-        They are the row's first ones, or, with `prefixes` and `steps`, those from step steps[r] on, which comes behind
-        prefixes[r] positions.
+        They have `total` positions, none more than `max_seqlen`.
         """
-        count, slot = np.asarray(counts, dtype=np.int64), np.asarray(slots, dtype=np.int64)
-        prefix, step = (
-            np.zeros_like(count) if given is None else np.asarray(given, dtype=np.int64) for given in (prefixes, steps)
-        )
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(count)])
-        total, rows = int(offsets[-1]), len(count)
-        entry_steps = np.arange(total) + np.repeat(step - offsets[:-1], count)
-        entries = [np.repeat(slot, count), entry_steps + np.repeat(prefix, count), entry_steps]
-        # Each of these starts at a multiple of 16 bytes, whatever R is: kernels are compiled for that.
-        by_row = [np.pad(part, (0, -len(part) % 4)) for part in (slot, prefix + step, step, offsets)]
-        uploaded = torch.from_numpy(np.concatenate([*entries, *by_row])).to(device, non_blocking=True)
-        by_entry = uploaded[: 3 * total].view(3, total)
-        small, padded = uploaded[3 * total :].to(torch.int32), len(by_row[0])
+        slots, prefixes, steps, offsets = rows.unbind()
+        cu_seqlens = offsets[: count + 1]
+        entries = torch.arange(total, device=rows.device, dtype=rows.dtype)
+        row = torch.searchsorted(cu_seqlens[1:], entries, right=True)
+        entry_steps = entries + (steps - offsets)[row]
         return cls(
-            cu_seqlens=small[3 * padded : 3 * padded + rows + 1],
-            slots=small[:rows],
-            starts=small[padded : padded + rows],
-            steps=small[2 * padded : 2 * padded + rows],
-            entry_slots=by_entry[0],
-            entry_positions=by_entry[1],
-            entry_steps=by_entry[2],
-            max_seqlen=int(count.max(initial=0)),
+            cu_seqlens=cu_seqlens,
+            slots=slots[:count],
+            starts=(prefixes + steps)[:count],
+            steps=steps[:count],
+            entry_slots=slots[row].long(),
+            entry_positions=(entry_steps + prefixes[row]).long(),
+            entry_steps=entry_steps.long(),
+            max_seqlen=max_seqlen,
         )
 
 
-def _attend(attention: Attention, qkv: Tensor, cache: GeneratorCache, layer: int, positions: Positions) -> Tensor:
+def by_row(
+    slots: Sequence[int],
+    counts: Sequence[int],
+    *,
+    prefixes: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+) -> Tensor:
+    """Return (4, R + 1 or more) int32 on the host: each row's slot, prefix and step, and the offsets of the counts.
+
+    Row r has counts[r] positions behind the prefixes[r] + steps[r] that it has already, or none. A position's step is
+    its place behind prefixes[r] positions. Each of the four starts at a multiple of 16 bytes, whatever R is: kernels
+    are compiled for that.
+    """
+    rows = len(counts)
+    table = np.zeros((4, -(-(rows + 1) // 4) * 4), dtype=np.int32)
+    table[0, :rows] = slots
+    if prefixes is not None:
+        table[1, :rows] = prefixes
+    if steps is not None:
+        table[2, :rows] = steps
+    table[3, 1 : rows + 1] = np.cumsum(counts)
+    return torch.from_numpy(table)
+
+
+def _attend(
+    attention: Attention, qkv: Tensor, cache: GeneratorCache, layer: int, positions: Positions, linears: PackedLinears
+) -> Tensor:
     """Attend from qkv (total, 3 d) to the rows' caches and to itself, and write its keys and values there."""
     q, k, v = qkv.view(qkv.shape[0], attention.num_heads, 3, -1).unbind(2)
     attended = prefix_attention(
@@ -95,22 +105,31 @@ def _attend(attention: Attention, qkv: Tensor, cache: GeneratorCache, layer: int
         slots=positions.slots,
         starts=positions.starts,
     )
-    out: Tensor = attention.dense(attended.flatten(1))
-    return out
+    return linears(attention.dense, attended.flatten(1))
 
 
-def _keys_and_values(weight: Tensor, *bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor | None]:
+def _keys_and_values(weight: Tensor, *bias: Tensor, num_heads: int) -> nn.Linear:
     rows = weight.view(num_heads, 3, -1, weight.shape[1])[:, 1:].reshape(-1, weight.shape[1])
-    return rows, bias[0].view(num_heads, 3, -1)[:, 1:].reshape(-1) if bias else None
+    with torch.device("meta"):
+        linear = nn.Linear(rows.shape[1], rows.shape[0], bias=bool(bias))
+    linear.weight = nn.Parameter(rows, requires_grad=False)
+    if bias:
+        linear.bias = nn.Parameter(bias[0].view(num_heads, 3, -1)[:, 1:].reshape(-1), requires_grad=False)
+    return linear
 
 
 def last_keys_and_values() -> Derived:
-    """Return what keeps the rows of the last layer's projection that give keys and values."""
+    """Return what keeps a linear layer of the rows of the last layer's projection that give keys and values."""
     return Derived(_keys_and_values)
 
 
 def prefill(
-    generator: GPTNeoX, embeddings: Tensor, positions: Positions, cache: GeneratorCache, kept_projection: Derived
+    generator: GPTNeoX,
+    embeddings: Tensor,
+    positions: Positions,
+    cache: GeneratorCache,
+    kept_projection: Derived,
+    linears: PackedLinears,
 ) -> None:
     """Fill the caches of new rows with the keys and values of their prefixes, embeddings (P, d).
 
@@ -122,15 +141,14 @@ def prefill(
     for index, layer in enumerate(layers[:-1]):
         x, for_attention, for_mlp = add_and_normalise(x, addends, layer.input_layernorm, layer.post_attention_layernorm)
         assert for_mlp is not None
-        qkv = layer.attention.query_key_value(for_attention)
-        addends = (layer.mlp(for_mlp), _attend(layer.attention, qkv, cache, index, positions))
+        qkv = linears(layer.attention.query_key_value, for_attention)
+        addends = (linears.mlp(layer.mlp, for_mlp), _attend(layer.attention, qkv, cache, index, positions, linears))
     last = layers[-1]
     _, for_attention, _ = add_and_normalise(x, addends, last.input_layernorm)
     projection, num_heads = last.attention.query_key_value, last.attention.num_heads
-    if type(projection) is torch.nn.Linear:
+    if type(projection) is nn.Linear:
         sources = (projection.weight,) if projection.bias is None else (projection.weight, projection.bias)
-        weight, bias = kept_projection(*sources, num_heads=num_heads)
-        both = torch.nn.functional.linear(for_attention, weight, bias)
+        both = linears(kept_projection(*sources, num_heads=num_heads), for_attention)
         k, v = both.view(both.shape[0], num_heads, 2, -1).unbind(2)
     else:
         # Somebody's adapter or quantised layer: what it computes is its own affair.
@@ -141,7 +159,9 @@ def prefill(
     cache.values[-1][at] = v
 
 
-def advance(generator: GPTNeoX, tables: StepTables, positions: Positions, cache: GeneratorCache) -> Tensor:
+def advance(
+    generator: GPTNeoX, tables: StepTables, positions: Positions, cache: GeneratorCache, linears: PackedLinears
+) -> Tensor:
     """Run a block of steps of rows whose earlier positions are cached -> final states (S, d)."""
     steps = positions.entry_steps
     addends: tuple[Tensor, ...] = ()
@@ -152,7 +172,9 @@ def advance(generator: GPTNeoX, tables: StepTables, positions: Positions, cache:
             x, for_attention, for_mlp = add_and_normalise(
                 x, addends, layer.input_layernorm, layer.post_attention_layernorm
             )
-            qkv, mlp = layer.attention.query_key_value(for_attention), layer.mlp(for_mlp)
-        addends = (mlp, _attend(layer.attention, qkv, cache, index, positions))
+            assert for_mlp is not None
+            qkv = linears(layer.attention.query_key_value, for_attention)
+            mlp = linears.mlp(layer.mlp, for_mlp)
+        addends = (mlp, _attend(layer.attention, qkv, cache, index, positions, linears))
     _, states, _ = add_and_normalise(x, addends, generator.final_layer_norm)
     return states

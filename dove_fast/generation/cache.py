@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dove_fast.config import GPTNeoXConfig
+from dove_fast.generation.graphs import new_graphs
+from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import rotary_table
 
 __all__ = ["CachePool", "GeneratorCache", "row_bytes"]
@@ -22,7 +24,8 @@ class GeneratorCache:
     """Memory for `slots` rows. What was not written is not initialised, and never read.
 
     keys, values: one (slots, H, M, D) a layer, keys turned by their rotary positions; cos, sin: (M, rotary_dim) fp32,
-    the table of those positions; states: (slots, T, d), the final hidden state of every step so far.
+    the table of those positions; states: (slots, T, d), the final hidden state of every step so far. graphs: what was
+    recorded over this memory, by the parameters that it reads.
     """
 
     keys: tuple[Tensor, ...]
@@ -30,6 +33,7 @@ class GeneratorCache:
     cos: Tensor
     sin: Tensor
     states: Tensor
+    graphs: Derived = field(default_factory=lambda: Derived(new_graphs))
 
     @classmethod
     def allocate(

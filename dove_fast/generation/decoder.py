@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from dove_fast.generation.linear import PackedLinears
 from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import Attention, GPTNeoX, Layer, add_and_normalise, rotary_table
 from dove_fast.ops import prefix_attention
@@ -55,17 +56,22 @@ def _lay_out(values: Tensor, padding: Tensor, lengths: Sequence[int], positions:
     )
 
 
-def _attend(attention: Attention, qkv: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+def _attend(attention: Attention, qkv: Tensor, attend: Callable[..., Tensor], linears: PackedLinears) -> Tensor:
     # With the size of a head, as -1 is ambiguous for no rows.
     head_dim = attention.dense.in_features // attention.num_heads
     q, k, v = qkv.view(-1, attention.num_heads, 3, head_dim).unbind(2)
-    out: Tensor = attention.dense(attend(q, k, v).flatten(1))
-    return out
+    return linears(attention.dense, attend(q, k, v).flatten(1))
 
 
 @torch.no_grad()
 def decode(
-    decoder: GPTNeoX, tokens: RaggedTokens, num_tokens: int, kept_zero_row: Derived, *, attends_padding: bool
+    decoder: GPTNeoX,
+    tokens: RaggedTokens,
+    num_tokens: int,
+    kept_zero_row: Derived,
+    linears: PackedLinears,
+    *,
+    attends_padding: bool,
 ) -> Tensor:
     """Run a bidirectional stack over each image's tokens and zeros up to T -> states (B, T, d), without gradients.
 
@@ -88,13 +94,14 @@ def decode(
     x = tokens.values
     _, for_attention, for_mlp = add_and_normalise(x, (), first.input_layernorm, first.post_attention_layernorm)
     assert for_mlp is not None
-    qkv = _lay_out(first.attention.query_key_value(for_attention), zero.qkv, lengths, num_tokens)
+    qkv = _lay_out(linears(first.attention.query_key_value, for_attention), zero.qkv, lengths, num_tokens)
     # Added to x while there are few rows, so that their sum is laid out and not both.
-    x = _lay_out(x + first.mlp(for_mlp), zero.mlp.to(x.dtype), lengths, num_tokens)
-    addends: tuple[Tensor, ...] = (_attend(first.attention, qkv, attend),)
+    x = _lay_out(x + linears.mlp(first.mlp, for_mlp), zero.mlp.to(x.dtype), lengths, num_tokens)
+    addends: tuple[Tensor, ...] = (_attend(first.attention, qkv, attend, linears),)
     for layer in others:
         x, for_attention, for_mlp = add_and_normalise(x, addends, layer.input_layernorm, layer.post_attention_layernorm)
-        qkv = layer.attention.query_key_value(for_attention)
-        addends = (layer.mlp(for_mlp), _attend(layer.attention, qkv, attend))
+        assert for_mlp is not None
+        qkv = linears(layer.attention.query_key_value, for_attention)
+        addends = (linears.mlp(layer.mlp, for_mlp), _attend(layer.attention, qkv, attend, linears))
     _, states, _ = add_and_normalise(x, addends, decoder.final_layer_norm)
     return states.view(batch, num_tokens, decoder.config.hidden_size)

@@ -5,26 +5,37 @@ The same tokens as one pass over all positions, as the generator's outputs are n
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dove_fast.generation.blocks import Positions, advance, last_keys_and_values, prefill
-from dove_fast.generation.cache import CachePool, GeneratorCache, row_bytes
+from dove_fast.generation.batch import Batch, Block, Finished, LengthRule, Waiting, WorkCounters
+from dove_fast.generation.blocks import last_keys_and_values
+from dove_fast.generation.cache import CachePool, row_bytes
 from dove_fast.generation.decoder import decode, derived_zero_row
-from dove_fast.generation.schedule import CostModel, LengthHistogram, next_block
+from dove_fast.generation.graphs import RECORDERS, new_graphs
+from dove_fast.generation.linear import PackedLinears
+from dove_fast.generation.schedule import (
+    CostModel,
+    LengthHistogram,
+    Survival,
+    launch_ahead,
+    next_block,
+    stream_block,
+)
 from dove_fast.generation.steps import derived_tables, step_tables
+from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import GPTNeoX
-from dove_fast.ops import eos_scan
 from dove_fast.ragged import RaggedTokens
 
-__all__ = ["Batch", "Finished", "Generation", "LengthRule", "WorkCounters", "generate", "rounded_up"]
+__all__ = ["Generation", "generate", "rounded_up"]
 
-# What the caches of all rows together may take; more rows are generated in several batches.
+# What the caches of all rows together may take; more rows wait until others have ended.
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 # Caches are made for a multiple of so many positions, so that queries of other lengths seldom need a new one.
@@ -36,61 +47,16 @@ def rounded_up(positions: int) -> int:
     return -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE
 
 
-@dataclass(frozen=True)
-class LengthRule:
-    """Where rows end: at the first step whose EOS probability is above `threshold`, or after `most` tokens.
-
-    A `threshold` of None ignores EOS: every row gets exactly `most` tokens.
-    """
-
-    most: int
-    threshold: float | None
-
-    def leaves_to_eos(self, num_tokens: int) -> bool:
-        """Whether rows end where EOS says, cut off by nothing but T: such lengths are what a histogram learns from."""
-        return self.threshold is not None and self.most == num_tokens
-
-
-@dataclass
-class WorkCounters:
-    """What was computed: positions of prefixes and steps, blocks, rows that took a freed place, bytes the host read."""
-
-    positions: int = 0
-    blocks: int = 0
-    rows_refilled: int = 0
-    bytes_to_host: int = 0
-
-    def add(self, other: WorkCounters) -> None:
-        """Add another's counts to these."""
-        self.positions += other.positions
-        self.blocks += other.blocks
-        self.rows_refilled += other.rows_refilled
-        self.bytes_to_host += other.bytes_to_host
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A row that ended: what it was admitted as, its slot, and its number of tokens."""
-
-    key: int
-    slot: int
-    length: int
-
-
-@dataclass
-class _Row:
-    key: int
-    slot: int
-    prefix: int
-    step: int = 0
-
-
 class Generation:
     """What a model keeps for its engine between calls, and what users can set.
 
     `histogram`: the lengths to expect, learned while running where `learning`; replace it by
     `LengthHistogram(T, lengths)` where they are known. `cost`: what a block costs; None takes the device type's
-    default, `DOVE.measure_cost()` fits one. Copies and pickles keep these three.
+    default, `DOVE.measure_cost()` fits one.
+    `cuda_graphs`: on a GPU, whether the encoder, the prefix and the blocks are recorded as CUDA graphs once a shape
+    came twice, and replayed. Values change by rounding alone: a block's rows are filled up to one of few counts.
+    Off by default: not measured yet. A `RuntimeError` elsewhere, and under autocast (cast the weights instead).
+    Copies and pickles keep these four.
     """
 
     def __init__(self, num_tokens: int) -> None:
@@ -98,9 +64,13 @@ class Generation:
         self._histogram = LengthHistogram(num_tokens)
         self.learning = True
         self.cost: CostModel | None = None
+        self.cuda_graphs = False
+        self._encoder_graphs = Derived(new_graphs)
+        self._encoder_lock = threading.Lock()
         self._tables = derived_tables()
         self._last_projection = last_keys_and_values()
         self._zero_row = derived_zero_row()
+        self._linears = PackedLinears()
         self._pool = CachePool()
 
     @property
@@ -129,15 +99,38 @@ class Generation:
         self._tables.refresh()
         self._last_projection.refresh()
         self._zero_row.refresh()
+        self._linears.refresh()
+        self._encoder_graphs.refresh()
         self._pool.clear()
 
     def cost_on(self, device: torch.device) -> CostModel:
         """Return the cost model in use on a device."""
         return self.cost or CostModel.default(device.type)
 
+    def _records_on(self, device: torch.device) -> bool:
+        if not self.cuda_graphs:
+            return False
+        if device.type not in RECORDERS:
+            raise RuntimeError(f"generation.cuda_graphs is for a model on a GPU, this one is on {device}")
+        if torch.is_autocast_enabled(device.type):
+            raise RuntimeError("generation.cuda_graphs does not go with autocast; cast the model's weights instead")
+        return True
+
+    def encode(self, encode: Callable[[Tensor], Tensor], images: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+        """Return `encode(images)`, which reads `parameters`: recorded and replayed where `cuda_graphs` says so."""
+        if not self._records_on(images.device):
+            return encode(images)
+        stream = torch.cuda.current_stream(images.device).cuda_stream if images.is_cuda else None
+        # One at a time: a graph's memory is not for two. On the device the stream keeps the order.
+        with self._encoder_lock:
+            graphs = self._encoder_graphs(*parameters)
+            return graphs((images.shape, images.stride(), images.dtype, stream), encode, images).clone()
+
     def decode(self, token_decoder: GPTNeoX, tokens: RaggedTokens, *, attends_padding: bool) -> Tensor:
         """Return the token decoder's states (B, T, d) for images of 1 to T tokens each, without gradients."""
-        return decode(token_decoder, tokens, self.num_tokens, self._zero_row, attends_padding=attends_padding)
+        return decode(
+            token_decoder, tokens, self.num_tokens, self._zero_row, self._linears, attends_padding=attends_padding
+        )
 
     @contextmanager
     def batch(
@@ -150,129 +143,42 @@ class Generation:
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
         positions = rounded_up(longest_prefix + rule.most)
+        tables = step_tables(self._tables, generator, self.num_tokens)
+        recording = self._records_on(device)
         with self._pool.lease(
-            generator.config, slots, positions, rule.most, device=device, dtype=dtype, state_dtype=weight.dtype
+            generator.config,
+            slots + recording,
+            positions,
+            rule.most,
+            device=device,
+            dtype=dtype,
+            state_dtype=weight.dtype,
         ) as cache:
-            yield Batch(self, generator, eos_head, cache, slots, rule)
+            parameters = (*generator.parameters(), *eos_head.parameters())
+            yield Batch(
+                generator,
+                eos_head,
+                cache,
+                slots,
+                rule,
+                tables=tables,
+                last_projection=self._last_projection,
+                linears=self._linears,
+                graphs=cache.graphs(*parameters) if recording else None,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_encoder_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._encoder_lock = threading.Lock()
 
     def most_rows(self, generator: GPTNeoX, longest_prefix: int, steps: int) -> int:
         """Return how many rows fit into `CACHE_BYTES`, at least one."""
         weight = generator.final_layer_norm.weight
         budget = CACHE_BYTES.get(weight.device.type, CACHE_BYTES["cpu"])
         return max(1, budget // row_bytes(generator.config, longest_prefix + steps, steps, weight.element_size()))
-
-
-class Batch:
-    """Rows in their places of a cache, each at its own step. Made by `Generation.batch`; belongs to one call."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        generator: GPTNeoX,
-        eos_head: nn.Linear,
-        cache: GeneratorCache,
-        slots: int,
-        rule: LengthRule,
-    ) -> None:
-        self.counters = WorkCounters()
-        self.rule = rule
-        self._generation = generation
-        self._generator = generator
-        self._eos_head = eos_head
-        self.cache = cache
-        self._free = deque(range(slots))
-        self._used = 0
-        self._rows: list[_Row] = []
-
-    @property
-    def alive(self) -> int:
-        """Rows that have not ended."""
-        return len(self._rows)
-
-    @property
-    def free(self) -> int:
-        """Places that no row is in."""
-        return len(self._free)
-
-    @property
-    def step(self) -> int:
-        """The step of the row that is furthest behind; 0 for no rows."""
-        return min((row.step for row in self._rows), default=0)
-
-    def admit(self, keys: Sequence[int], embeddings: Tensor, prefix_lengths: Sequence[int]) -> None:
-        """Take in new rows: their prefixes (P, d), one behind the other, go through the generator now."""
-        slots = self.place(keys, prefix_lengths)
-        self.counters.positions += embeddings.shape[0]
-        positions = Positions.of(slots, prefix_lengths, embeddings.device)
-        prefill(self._generator, embeddings, positions, self.cache, self._generation._last_projection)
-
-    def place(self, keys: Sequence[int], prefix_lengths: Sequence[int], step: int = 0) -> list[int]:
-        """Give places to rows that are at `step`, whose caches the caller fills, and return the places."""
-        new = [_Row(key, self._free.popleft(), length, step) for key, length in zip(keys, prefix_lengths, strict=True)]
-        slots = [row.slot for row in new]
-        # Places are given out in order, so those from `_used` on are fresh.
-        self.counters.rows_refilled += sum(slot < self._used for slot in slots)
-        self._used = max(self._used, *(slot + 1 for slot in slots))
-        self._rows += new
-        return slots
-
-    def run(self, block_size: int) -> list[Finished]:
-        """Advance every row by up to `block_size` steps, and return those that ended, whose places are free again.
-
-        Their states stay where they are until a new row is admitted.
-        """
-        rows = self._rows
-        counts = [min(block_size, self.rule.most - row.step) for row in rows]
-        positions = Positions.of(
-            [row.slot for row in rows],
-            counts,
-            self.cache.cos.device,
-            prefixes=[row.prefix for row in rows],
-            steps=[row.step for row in rows],
-        )
-        tables = step_tables(self._generation._tables, self._generator, self._generation.num_tokens)
-        states = advance(self._generator, tables, positions, self.cache).to(self.cache.states.dtype)
-        self.cache.states[positions.entry_slots, positions.entry_steps] = states
-        self.counters.blocks += 1
-        self.counters.positions += sum(counts)
-        lengths = self._lengths(states, positions, rows, counts)
-        finished = []
-        for row, count, length in zip(rows, counts, lengths, strict=True):
-            row.step += count
-            if length:
-                finished.append(Finished(row.key, row.slot, length))
-                self._free.append(row.slot)
-        ended = {row.slot for row in finished}
-        self._rows = [row for row in rows if row.slot not in ended]
-        return finished
-
-    def _lengths(
-        self, states: Tensor, positions: Positions, rows: Sequence[_Row], counts: Sequence[int]
-    ) -> Sequence[int]:
-        """Return every row's number of tokens where it has ended, else 0: the one host read of a block."""
-        most, threshold = self.rule.most, self.rule.threshold
-        if threshold is None:
-            return [most if row.step + count == most else 0 for row, count in zip(rows, counts, strict=True)]
-        _, lengths = eos_scan(
-            states,
-            positions.cu_seqlens,
-            self._eos_head.weight,
-            self._eos_head.bias,
-            threshold=threshold,
-            steps=positions.steps,
-            max_length=most,
-        )
-        self.counters.bytes_to_host += lengths.nbytes
-        host: list[int] = lengths.tolist()
-        return host
-
-    def states(self, slots: int) -> Tensor:
-        """Return the states (slots, steps, d) of the first places; what is behind a row's end is not initialised."""
-        return self.cache.states[:slots]
-
-    def tokens_of(self, row: Finished) -> Tensor:
-        """Return a copy of the tokens (m, d) of a row that ended."""
-        return self.cache.states[row.slot, : row.length].clone()
 
 
 def generate(
@@ -283,43 +189,58 @@ def generate(
     rule: LengthRule,
     block_size: int | None,
 ) -> tuple[RaggedTokens, WorkCounters]:
-    """Generate the tokens of B rows, in as many batches as the memory asks for.
+    """Generate the tokens of B rows, as many at a time as memory takes.
 
     prefixes: B tensors (N + L_b, d), what each row's steps follow. block_size: steps a block, None for the schedule's.
     """
-    lengths_of = [prefix.shape[0] for prefix in prefixes]
-    longest = max(lengths_of)
-    most_rows = generation.most_rows(generator, longest, rule.most)
-    counters = WorkCounters()
-    parts = []
-    for first in range(0, len(prefixes), most_rows):
-        rows = range(first, min(first + most_rows, len(prefixes)))
-        with generation.batch(generator, eos_head, len(rows), longest, rule) as batch:
-            lengths = _run(generation, batch, prefixes[first : rows.stop], lengths_of[first : rows.stop], block_size)
-            parts.append(RaggedTokens.from_padded(batch.states(len(rows)), lengths))
-            counters.add(batch.counters)
-    tokens = parts[0] if len(parts) == 1 else RaggedTokens.cat(parts)
-    return tokens, counters
-
-
-def _run(
-    generation: Generation,
-    batch: Batch,
-    prefixes: Sequence[Tensor],
-    prefix_lengths: Sequence[int],
-    block_size: int | None,
-) -> list[int]:
-    batch.admit(range(len(prefixes)), torch.cat(list(prefixes)), prefix_lengths)
-    lengths = [0] * len(prefixes)
-    survival = generation.histogram.survival(batch.rule.most)
+    longest = max(prefix.shape[0] for prefix in prefixes)
+    places = min(len(prefixes), generation.most_rows(generator, longest, rule.most))
+    survival = generation.histogram.survival(rule.most)
     cost = generation.cost_on(prefixes[0].device)
-    while batch.alive:
-        if block_size is not None:
-            size = block_size
-        elif batch.rule.threshold is None:
-            size = batch.rule.most
+    if block_size is None and rule.threshold is None:
+        block_size = rule.most
+    with generation.batch(generator, eos_head, places, longest, rule) as batch:
+        if places < len(prefixes):
+            size = block_size or stream_block(survival, cost, places, longest)
+            tokens = _run_refilled(batch, prefixes, size)
         else:
-            size = next_block(survival, cost, batch.alive, max(prefix_lengths), batch.step)
-        for row in batch.run(size):
-            lengths[row.key] = row.length
-    return lengths
+            batch.admit(range(places), prefixes)
+            lengths = [0] * places
+            for row in _blocks(batch, block_size, survival, cost):
+                lengths[row.key] = row.length
+            tokens = RaggedTokens.from_padded(batch.states(places), lengths)
+        return tokens, batch.counters
+
+
+def _blocks(batch: Batch, block_size: int | None, survival: Survival, cost: CostModel) -> Iterator[Finished]:
+    """Run rows that are all at one step to their ends, and yield each when it has ended.
+
+    A block is launched before the one before it is read, where that costs less than waiting for the read.
+    """
+    prefix = batch.longest_prefix
+
+    def size_of(alive: int, step: int) -> int:
+        return block_size or next_block(survival, cost, alive, prefix, step)
+
+    launched: Block | None = None
+    while batch.alive:
+        if launched is None:
+            launched = batch.launch(size_of(batch.alive, batch.step))
+        ahead: Block | None = None
+        if batch.has_steps:
+            size = size_of(batch.alive, batch.step)
+            if launch_ahead(survival, cost, batch.alive, prefix, batch.step - max(launched.counts), batch.step, size):
+                ahead = batch.launch(size)
+        yield from batch.collect(launched)
+        launched = ahead
+
+
+def _run_refilled(batch: Batch, prefixes: Sequence[Tensor], block_size: int) -> RaggedTokens:
+    """Generate the tokens of more rows than there are places: rows that wait take those of rows that ended."""
+    waiting = deque(Waiting(key, prefix) for key, prefix in enumerate(prefixes))
+    rows = list(prefixes)
+    while waiting or batch.alive:
+        batch.refill(waiting)
+        for row in batch.run(block_size):
+            rows[row.key] = batch.tokens_of(row)
+    return RaggedTokens.from_rows(rows)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dove_fast.generation.engine import Batch, Generation, LengthRule
+from dove_fast.generation.batch import Batch, LengthRule
+from dove_fast.generation.engine import Generation
 from dove_fast.generation.schedule import CostModel
 from dove_fast.models.gpt_neox import GPTNeoX
 
@@ -55,7 +56,21 @@ def measure_cost(generation: Generation, generator: GPTNeoX, eos_head: nn.Linear
     shares = np.array(
         [[unit[name].time(rows, prefix + start, count) for name in PARTS] for rows, start, count in seconds]
     )
-    return CostModel(*_fit(shares, np.array(list(seconds.values()))))
+    return CostModel(*_fit(shares, np.array(list(seconds.values()))), read=_read_seconds(device))
+
+
+def _read_seconds(device: torch.device) -> float:
+    """Return how long a device that has nothing queued takes to hand a few bytes to the host."""
+    if device.type == "cpu":
+        return 0.0
+    small = torch.zeros(64, dtype=torch.int32, device=device)
+    timed = []
+    for _ in range(20):
+        _wait(device)
+        begin = time.perf_counter()
+        small.tolist()
+        timed.append(time.perf_counter() - begin)
+    return statistics.median(timed)
 
 
 def _fit(shares: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float]:

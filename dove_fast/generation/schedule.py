@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CostModel", "LengthHistogram", "next_block", "plan", "stream_block"]
+__all__ = ["CostModel", "LengthHistogram", "Survival", "launch_ahead", "next_block", "plan", "stream_block"]
+
+# (T + 1,): the probability that a row has more than i tokens.
+Survival = np.ndarray[Any, np.dtype[np.float64]]
 
 # Blocks end on multiples of T / GRID steps: finer ones change the expected time by less than one per cent.
 GRID = 32
@@ -27,6 +30,7 @@ NO_ROWS = 1e-9
 class CostModel:
     """What one block costs: `block` + `position` a new position + `pair` a query and key that meet, in one unit.
 
+    `read`: what the device waits where the host reads a block's lengths before it launches the next.
     A position passes all layers. Only the ratios matter, so any unit does: seconds, or positions.
     `DOVE.measure_cost()` fits one to the device; the defaults are rounded from such fits.
     """
@@ -34,24 +38,26 @@ class CostModel:
     block: float
     position: float
     pair: float
+    read: float = 0.0
 
     @classmethod
     def default(cls, device_type: str) -> CostModel:
         """Return the ratios for the base model on a device type, in positions.
 
         On two CPU cores a block by itself takes as long as the arithmetic of 35 positions: it reads all weights.
-        On a GPU it is a hundred launches, in which it could compute thousands of positions (an estimate: not measured).
+        On a GPU it is a hundred launches, in which it could compute thousands of positions, and a read takes as long as
+        hundreds (estimates: not measured).
         """
         if device_type == "cuda":
-            return cls(block=4000.0, position=1.0, pair=1e-4)
+            return cls(block=4000.0, position=1.0, pair=1e-4, read=500.0)
         return cls(block=35.0, position=1.0, pair=3e-4)
 
     def __post_init__(self) -> None:
         """Refuse negative costs, and positions that cost nothing."""
-        if not (self.block >= 0 and self.position > 0 and self.pair >= 0):
+        if not (self.block >= 0 and self.position > 0 and self.pair >= 0 and self.read >= 0):
             raise ValueError(
-                f"a cost model needs block and pair of at least 0 and position above 0, got {self.block}, "
-                f"{self.pair} and {self.position}"
+                f"a cost model needs block, pair and read of at least 0 and position above 0, got {self.block}, "
+                f"{self.pair}, {self.read} and {self.position}"
             )
 
     def time(self, rows: float, start: float, steps: float) -> float:
@@ -100,7 +106,7 @@ class LengthHistogram:
         """The mean length, that one row included."""
         return float(self.survival()[:-1].sum())
 
-    def survival(self, max_length: int | None = None) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def survival(self, max_length: int | None = None) -> Survival:
         """Return (T + 1,) probabilities that a row has more than i tokens, at i = 0 .. T; 0 from `max_length` on."""
         counts = self._counts + 1.0 / self.num_tokens
         counts[0] = 0.0
@@ -118,7 +124,7 @@ class LengthHistogram:
 
 
 def plan(
-    survival: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]],
+    survival: Sequence[float] | Survival,
     cost: CostModel,
     rows: int,
     prefix: int,
@@ -135,9 +141,7 @@ def plan(
     return _plan(table.tobytes(), cost, rows, prefix, step)
 
 
-def next_block(
-    survival: np.ndarray[Any, np.dtype[np.float64]], cost: CostModel, rows: int, prefix: int, step: int
-) -> int:
+def next_block(survival: Survival, cost: CostModel, rows: int, prefix: int, step: int) -> int:
     """Return the first block of `plan`, at least one step."""
     return plan(survival, cost, rows, prefix, step)[0]
 
@@ -174,7 +178,17 @@ def _plan(survival: bytes, cost: CostModel, rows: int, prefix: int, step: int) -
     return tuple(sizes)
 
 
-def stream_block(survival: np.ndarray[Any, np.dtype[np.float64]], cost: CostModel, rows: int, prefix: int) -> int:
+def launch_ahead(survival: Survival, cost: CostModel, rows: int, prefix: int, start: int, step: int, size: int) -> bool:
+    """Whether to launch a block of `size` steps from `step` on before the one from `start` to `step` is read.
+
+    That saves `cost.read`, and computes the rows that end before `step` in vain, and all of it where none is left.
+    """
+    alive = survival[step] / survival[start] if survival[start] > 0 else 0.0
+    vain = cost.time(rows * (1 - alive), prefix + step, size) - cost.block + cost.block * (1 - alive) ** rows
+    return cost.read > vain
+
+
+def stream_block(survival: Survival, cost: CostModel, rows: int, prefix: int) -> int:
     """Return the block size of least time an image where `rows` places are always filled.
 
     A row that needs m tokens takes ceil(m / c) blocks of c steps; a block's fixed cost is shared by all rows.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dove_fast.generation.engine import Batch, LengthRule, WorkCounters, rounded_up
+from dove_fast.generation.batch import Batch, LengthRule, Waiting, WorkCounters
+from dove_fast.generation.engine import rounded_up
 from dove_fast.generation.schedule import LengthHistogram, stream_block
 from dove_fast.models.inputs import Query, check_images, check_length_options, check_queries, nonfinite_rows
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from dove_fast.models.dove import DOVE
 
 __all__ = ["StreamItem", "TokenStream"]
-
-# New rows wait until this share of the places is free: a prefill of one row does not fill a device.
-ADMIT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,6 @@ class StreamItem:
     index: int
     tokens: Tensor
     eos_probability: Tensor
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    index: int
-    prefix: Tensor
 
 
 class TokenStream:
@@ -90,7 +82,7 @@ class TokenStream:
         most = int(length or max_length or config.num_tokens)
         self._rule = LengthRule(most, threshold if length is None else None)
         self._block_size = block_size
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._read = 0
         self._exhausted = False
         self._begun_under: tuple[object, ...] | None = None
@@ -105,21 +97,20 @@ class TokenStream:
         done: dict[int, StreamItem] = {}
         following = 0
         with ExitStack() as lease:
-            batch, positions = None, 0
+            batch = None
             while True:
                 if _context(self._model.device) != self._begun_under:
                     raise RuntimeError("a TokenStream must go on under the autocast and CUDA stream it was begun under")
                 self._encode_ahead()
                 if not self._waiting and (batch is None or batch.alive == 0):
                     return
-                if batch is not None and batch.alive == 0 and self._longer_than(positions):
+                if batch is not None and batch.alive == 0 and self._longer_than(batch.longest_prefix):
                     # A longer query than any before: the places are made again, now that none is taken.
                     lease.close()
                     batch = None
                 if batch is None:
-                    positions = rounded_up(max(item.prefix.shape[0] for item in self._waiting))
-                    batch = self._open(lease, positions)
-                done.update((item.index, item) for item in self._advance(batch, positions))
+                    batch = self._open(lease)
+                done.update((item.index, item) for item in self._advance(batch))
                 while following in done:
                     yield done.pop(following)
                     following += 1
@@ -127,8 +118,9 @@ class TokenStream:
     def _longer_than(self, positions: int) -> bool:
         return bool(self._waiting) and self._waiting[0].prefix.shape[0] > positions
 
-    def _open(self, lease: ExitStack, positions: int) -> Batch:
+    def _open(self, lease: ExitStack) -> Batch:
         model = self._model
+        positions = rounded_up(max(item.prefix.shape[0] for item in self._waiting))
         generation, generator = model.generation, model.generator
         most_rows = generation.most_rows(generator, positions, self._rule.most)
         places = self._places or min(2 * self._batch_size, most_rows)
@@ -161,7 +153,7 @@ class TokenStream:
         if together.device != self._model.device:
             together = together.to(self._model.device)
         for prefix in self._model.prefixes(self._model.encode_in_chunks(together), query_ids):
-            self._waiting.append(_Waiting(self._read, prefix))
+            self._waiting.append(Waiting(self._read, prefix))
             self._read += 1
 
     def _checked(self, index: int, image: Tensor, query: Query) -> Tensor:
@@ -180,18 +172,16 @@ class TokenStream:
             raise type(error)(f"image {index} of the stream: {error}") from None
 
     @torch.no_grad()
-    def _advance(self, batch: Batch, positions: int) -> list[StreamItem]:
+    def _advance(self, batch: Batch) -> list[StreamItem]:
         """Admit who waits, run one block, and return the tokens of the rows that ended."""
         generation = self._model.generation
-        places = batch.alive + batch.free
-        if batch.alive == 0 or batch.free >= places * ADMIT_SHARE:
-            self._admit(batch, positions)
+        batch.refill(self._waiting)
         size = self._block_size
         if size is None and self._rule.threshold is None:
             size = self._rule.most
         elif size is None:
             survival = (self._histogram or generation.histogram).survival(self._rule.most)
-            size = stream_block(survival, generation.cost_on(self._model.device), places, positions)
+            size = stream_block(survival, generation.cost_on(self._model.device), batch.places, batch.longest_prefix)
         finished = batch.run(size)
         if not finished:
             return []
@@ -208,14 +198,6 @@ class TokenStream:
             self._model.generation.learn(lengths, self._rule)
         elif self._rule.leaves_to_eos(self._model.config.num_tokens):
             self._histogram.update(lengths)
-
-    def _admit(self, batch: Batch, positions: int) -> None:
-        new: list[_Waiting] = []
-        while len(new) < batch.free and self._waiting and not self._longer_than(positions):
-            new.append(self._waiting.popleft())
-        if new:
-            embeddings = torch.cat([item.prefix for item in new])
-            batch.admit([item.index for item in new], embeddings, [item.prefix.shape[0] for item in new])
 
 
 def _context(device: torch.device) -> tuple[object, ...]:

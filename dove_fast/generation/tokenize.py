@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dove_fast.generation.engine import LengthRule, WorkCounters, generate
+from dove_fast.generation.batch import LengthRule, WorkCounters
+from dove_fast.generation.engine import generate
 from dove_fast.models.lengths import eos_lengths
 from dove_fast.ragged import RaggedTokens
 

@@ -263,18 +263,16 @@ class _Work:
                 yield item.pixels, torch.tensor(self._queries.get(item.input.key, ()), dtype=torch.int64)
 
     def _write_batch(self, shard: ShardWriter, items: Sequence[StreamItem], read: Sequence[_Read]) -> None:
-        lengths = [len(item.tokens) for item in items]
-        values = torch.cat([item.tokens for item in items]).cpu()
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        tokens = RaggedTokens.from_rows([item.tokens for item in items]).to("cpu")
         probabilities = torch.stack([item.eos_probability for item in items]).tolist()
         rows = [
             RecordRow(image.input.key, image.input.source, length, image.width, image.height, probability)
-            for image, length, probability in zip(read, lengths, probabilities, strict=True)
+            for image, length, probability in zip(read, tokens.host_lengths, probabilities, strict=True)
         ]
-        shard.append(RaggedTokens(values, cu_seqlens, max(lengths)), rows)
+        shard.append(tokens, rows)
         self._done += len(items)
         self.images += len(items)
-        self._tokens += len(values)
+        self._tokens += tokens.values.shape[0]
         self._report()
 
     def _report(self) -> None:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dove_fast.config import DOVEConfig
-from dove_fast.generation.engine import Generation, LengthRule, WorkCounters
+from dove_fast.generation.batch import LengthRule, WorkCounters
+from dove_fast.generation.engine import Generation
 from dove_fast.generation.measure import measure_cost
 from dove_fast.generation.schedule import CostModel
 from dove_fast.generation.tokenize import tokenize_in_blocks, tokenize_in_one_pass
@@ -54,8 +55,8 @@ class TokenizeStats:
     `eos_probability` (B,) fp32: the EOS probability at each image's last kept token.
     `positions_computed`: generator positions that were computed, summed over the images (prefix, query and steps);
     `positions_needed`: those that a result depends on, N + L_b + m_b an image.
-    `blocks`: forwards over steps. `rows_refilled`: images that took the place of another one that had ended, which
-    `TokenStream` lets them do (`TokenStream.counters`).
+    `blocks`: forwards over steps. `rows_refilled`: images that took the place of another one that had ended, as in a
+    batch beyond what the caches may take, and in a `TokenStream` (`TokenStream.counters`).
     `bytes_to_host`: what the host read to see which rows had ended.
     """
 
@@ -356,7 +357,10 @@ class DOVE(nn.Module):
 
     def encode_in_chunks(self, images: Tensor) -> Tensor:
         """Encode as `encode` does, so many images at a time as bounded memory takes -> (B, N, C)."""
-        return torch.cat([self.encode(images[rows]) for rows in self.chunks(images.shape[0])])
+        parameters = (*self.vqgan.encoder.parameters(), *self.vqgan.quant_conv.parameters())
+        return torch.cat(
+            [self.generation.encode(self.encode, images[rows], parameters) for rows in self.chunks(images.shape[0])]
+        )
 
     def prefixes(self, features: Tensor, queries: Sequence[Tensor]) -> list[Tensor]:
         """Return what each row's steps follow, B tensors (N + L_b, d): its features, projected, and its query's ids.

@@ -19,6 +19,8 @@ from tolerances import EOS_LOGIT_MARGIN, assert_close, relative_error
 from dove_fast import DOVE, DOVEConfig
 from dove_fast.config import GPTNeoXConfig
 from dove_fast.generation import CostModel, LengthHistogram, engine
+from dove_fast.generation.batch import LengthRule
+from dove_fast.generation.cache import row_bytes
 from dove_fast.generation.measure import _fit
 
 query_lists = st.lists(
@@ -141,6 +143,28 @@ def test_half_precision_is_as_good_as_the_oracles(model, exact_model, dtype):
         assert relative_error(ours, truth) <= 1.5 * theirs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_ends_where_the_oracle_does(model, exact_model, dtype):
+    """Rows whose logits stay clear of the threshold by what half precision does to them have the oracle's lengths."""
+    images = sample_images(256)
+    half = copy.deepcopy(model).to(dtype)
+    none = [torch.empty(0, dtype=torch.int64)] * 256
+    with torch.no_grad():
+        _, exact = exact_model.generate(exact_model.encode(images.double()), none)
+        _, logits = half.generate(half.encode(images.to(dtype)), none)
+    expected = exact_model.tokenize(images.double(), engine="oracle").host_lengths
+    # The engine's values are as good as the oracle's by a factor of 1.5; to be on the safe side of it, twice.
+    error = (logits - exact).abs().amax(dim=1)
+    before_the_end = torch.arange(NUM_TOKENS) < torch.tensor(expected)[:, None]
+    clear = (exact.abs().where(before_the_end, torch.inf).amin(dim=1) > 2 * error).tolist()
+    assert clear.count(True) > 20 and len({n for n, sure in zip(expected, clear, strict=True) if sure}) > 1
+    for block_size in (None, 1, 5):
+        lengths = half.tokenize(images, block_size=block_size).host_lengths
+        assert [n for n, sure in zip(lengths, clear, strict=True) if sure] == [
+            n for n, sure in zip(expected, clear, strict=True) if sure
+        ]
+
+
 def test_autocast(model, exact_model):
     images = sample_images(8)
     truth = exact_model.tokenize(images.double(), length=NUM_TOKENS).values
@@ -210,15 +234,24 @@ def test_learning(model):
     assert model.generation.histogram.weight == 12
 
 
-def test_bounded_memory(model, monkeypatch):
-    images = sample_images(5)
-    queries = [None, torch.tensor([1, 2]), None, None, torch.tensor([3])]
-    expected = model.tokenize(images, queries)
-    monkeypatch.setattr(engine, "CACHE_BYTES", {"cpu": 1})
-    tokens, stats = model.tokenize(images, queries, stats=True, block_size=NUM_TOKENS)
-    assert stats.blocks == 5
-    assert tokens.host_lengths == expected.host_lengths
-    assert_close(tokens.values, expected.values)
+@pytest.mark.parametrize("block_size", [None, 1, 3, NUM_TOKENS])
+@pytest.mark.parametrize("places", [1, 3, 8])
+@pytest.mark.parametrize("options", [{}, {"length": 5}, {"max_length": 4}])
+def test_more_rows_than_places(exact_model, monkeypatch, places, block_size, options):
+    """Rows beyond what the caches may take wait, and get the places of rows that ended."""
+    images = sample_images(20).double()
+    queries = [torch.arange(row % 4) if row % 3 else None for row in range(20)]
+    bytes_of_row = row_bytes(exact_model.config.generator, 16 + 3 + options.get("length", NUM_TOKENS), NUM_TOKENS, 8)
+    monkeypatch.setattr(engine, "CACHE_BYTES", {"cpu": places * bytes_of_row})
+    assert exact_model.config.num_features == 16
+    given = {"block_size": block_size, **options}
+    assert_same_tokens(exact_model, images, queries, **given)
+    tokens, stats = exact_model.tokenize(images, queries, stats=True, **given)
+    assert 0 < stats.rows_refilled <= 20 - places
+    if block_size == 1:
+        assert stats.positions_computed == stats.positions_needed
+    expected = exact_model.eos_probability(torch.stack([row[-1] for row in tokens]))
+    assert torch.equal(stats.eos_probability, expected)
 
 
 def test_a_cache_is_used_again(model):
@@ -353,7 +386,7 @@ def test_nothing_is_read_by_the_host_but_lengths(model, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("item() in the engine"))
     prefixes = model.prefixes(model.encode(images), [torch.empty(0, dtype=torch.int64)] * 6)
     reads.clear()
-    rule = engine.LengthRule(NUM_TOKENS, 0.5)
+    rule = LengthRule(NUM_TOKENS, 0.5)
     with torch.no_grad():
         _, counters = engine.generate(model.generation, model.generator, model.eos_head, prefixes, rule, 4)
     # The ops check the contents of their small integer tensors where they lie on the CPU.

@@ -109,7 +109,7 @@ def test_refusals():
         LengthHistogram(STEPS, [0, 3])
     with pytest.raises(ValueError, match="num_tokens and memory must be at least 1, got 0"):
         LengthHistogram(0)
-    with pytest.raises(ValueError, match=r"position above 0, got 1.0, 0.0 and 0.0"):
+    with pytest.raises(ValueError, match=r"position above 0, got 1\.0, 0\.0, 0\.0 and 0\.0"):
         CostModel(1.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         plan(LengthHistogram(STEPS).survival(), CostModel(1.0, 1.0, 0.0), 0, PREFIX)
