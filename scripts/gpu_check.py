@@ -2,10 +2,11 @@
 
     scripts/gpu_check.sh OUTDIR [--commit NAME]
 
-OUTDIR gets summary.json, the log of each stage, and resource_table.md. Stages run one behind the other, each within a
-limit of its own: the build of the CUDA kernels, `pytest -m gpu`, compute-sanitizer, the resource table, the benchmarks
-with the time that is left. Packages are those that are installed: what is missing is said in a sentence, and the rest
-is done. Exit 0: nothing failed, and the tests ran; 1: not so, see summary.json; 2: no GPU or wrong use, nothing done.
+OUTDIR gets summary.json, the log of each stage, resource_table.md, and traces. Stages run one behind the other, each
+within a limit of its own: the build of the CUDA kernels, `pytest -m gpu`, compute-sanitizer, the resource table, traces
+of the stages of `tokenize`, the benchmarks with the time that is left. Packages are those that are installed: what is
+missing is said in a sentence, and the rest is done. Exit 0: nothing failed, and the tests ran; 1: not so, see
+summary.json; 2: no GPU or wrong use, nothing done.
 """
 
 from __future__ import annotations
@@ -221,6 +222,17 @@ def resource_table(check: Check, limit: float) -> Record:
     return record
 
 
+def trace(check: Check, limit: float) -> Record:
+    """Trace the stages of `tokenize` as they are and with CUDA graphs, in bf16."""
+    for name, options in (("trace", []), ("trace-graphs", ["--cuda-graphs"])):
+        command = [sys.executable, check.root / "scripts" / "trace_stages.py", check.out / name, "--device", "cuda"]
+        command += ["--dtype", "bfloat16", "--batch", "64", *options]
+        ended = check.command("trace", command, limit / 2)
+        if ended.code != 0:
+            return {"status": "failed", "exit_code": ended.code, "note": _stopped(ended, limit / 2) or "see trace.log"}
+    return {"status": "passed", "exit_code": 0}
+
+
 def benchmarks(check: Check, limit: float) -> Record:
     """Run each benchmark file on the GPU in an equal share of the time, but those of an op whose tests failed."""
     figures = check.summary["benchmarks"] = []
@@ -281,7 +293,7 @@ def _why_left_out(check: Check, path: Path) -> str | None:
         wrong = [test for test in wrong if op in test]
     if wrong:
         return f"{len(wrong)} tests failed, such as {wrong[0]}"
-    missing = missing_imports(path, [check.root / "tests", check.root / "scripts"])
+    missing = missing_imports(path, [check.root / name for name in ("tests", "scripts", "benchmarks")])
     return f"{', '.join(missing)} is not installed" if missing else None
 
 
@@ -290,6 +302,7 @@ STAGES = (
     Stage("tests", tests, 240, 100),
     Stage("sanitizer", sanitizer, 100, 40),
     Stage("resource_table", resource_table, 90, 40),
+    Stage("trace", trace, 60, 20),
     Stage("benchmarks", benchmarks, TOTAL, 60),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack
@@ -14,12 +15,16 @@ from torch import Tensor
 from dove_fast.generation.batch import Batch, LengthRule, Waiting, WorkCounters
 from dove_fast.generation.engine import rounded_up
 from dove_fast.generation.schedule import LengthHistogram, stream_block
+from dove_fast.generation.upload import Upload
 from dove_fast.models.inputs import Query, check_images, check_length_options, check_queries, nonfinite_rows
 
 if TYPE_CHECKING:
     from dove_fast.models.dove import DOVE
 
 __all__ = ["StreamItem", "TokenStream"]
+
+# Device types that compute while the host reads on.
+READS_AHEAD = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,21 @@ class StreamItem:
     eos_probability: Tensor
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Images that are to be encoded together, on their way to the device."""
+
+    upload: Upload
+    query_ids: list[Tensor]
+
+
 class TokenStream:
     """Tokenize a stream of images; iterate once over the `StreamItem`s, which come in input order.
 
     model: a `DOVE`. images: an iterable of images (3, S, S), as `DOVE.tokenize` takes them but one at a time, or of
-    pairs (image, query); it is read `batch_size` images ahead. All have one dtype and lie on one device, the model's or
-    the CPU, from where they go to the model's together, as they are: uint8 is a quarter of the bytes.
+    pairs (image, query); it is read `batch_size` images ahead, on a GPU twice as many. All have one dtype and lie on
+    one device, the model's or the CPU, from where they go to the model's together, as they are (uint8 is a quarter of
+    the bytes), while it computes.
     batch_size: images that are encoded together. places: rows that are generated together, each at its own step; None
     takes 2 * batch_size, or what `CACHE_BYTES` holds. A row that ends leaves its place to the next image, so that a
     block computes `places` rows however their lengths differ.
@@ -84,7 +98,9 @@ class TokenStream:
         self._block_size = block_size
         self._waiting: deque[Waiting] = deque()
         self._read = 0
-        self._exhausted = False
+        self._encoded = 0
+        self._next: _Read | None = None
+        self._copies: torch.cuda.Stream | None = None
         self._begun_under: tuple[object, ...] | None = None
         # The dtype and device of the first image, which all others have.
         self._kind: tuple[torch.dtype, torch.device] | None = None
@@ -131,30 +147,37 @@ class TokenStream:
 
     @torch.no_grad()
     def _encode_ahead(self) -> None:
-        """Read and encode the next images, where none waits."""
-        if self._waiting or self._exhausted:
+        """Encode the next images, where none waits, and read those after them where a device computes meanwhile."""
+        if self._waiting:
             return
+        batch = self._next or self._read_batch()
+        if batch is None:
+            return
+        for prefix in self._model.prefixes(self._model.encode_in_chunks(batch.upload.images()), batch.query_ids):
+            self._waiting.append(Waiting(self._encoded, prefix))
+            self._encoded += 1
+        self._next = self._read_batch() if self._model.device.type in READS_AHEAD else None
+
+    def _read_batch(self) -> _Read | None:
+        """Read and check the next images, and send them on their way; None behind the last."""
         images: list[Tensor] = []
         query_ids: list[Tensor] = []
-        for item in self._source:
+        for item in itertools.islice(self._source, self._batch_size):
             image, query = item if isinstance(item, tuple) else (item, None)
             query_ids.append(self._checked(self._read + len(images), image, query))
             images.append(image)
-            if len(images) == self._batch_size:
-                break
-        self._exhausted = len(images) < self._batch_size
         if not images:
-            return
+            return None
         together = torch.stack(images)
-        # Before anything is queued behind it: on a GPU this reads what is there already.
+        # On a GPU before anything is queued behind it: this reads what is there already.
         flags = nonfinite_rows(together)
         if flags is not None and (rows := flags.nonzero().squeeze(1).tolist()):
             raise ValueError(f"image {self._read + rows[0]} of the stream must be finite, got NaN or infinity")
-        if together.device != self._model.device:
-            together = together.to(self._model.device)
-        for prefix in self._model.prefixes(self._model.encode_in_chunks(together), query_ids):
-            self._waiting.append(Waiting(self._read, prefix))
-            self._read += 1
+        self._read += len(images)
+        device = self._model.device
+        if device.type == "cuda" and self._copies is None:
+            self._copies = torch.cuda.Stream(device)
+        return _Read(Upload(together, device, self._copies), query_ids)
 
     def _checked(self, index: int, image: Tensor, query: Query) -> Tensor:
         """Check image `index` and its query, and return the query's ids; errors name the image."""

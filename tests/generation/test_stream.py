@@ -13,6 +13,7 @@ from small_models import IMAGE_SIZE, NUM_TOKENS, micro_model, sample_images
 from tolerances import assert_close
 
 from dove_fast.generation import LengthHistogram, TokenStream, engine
+from dove_fast.generation import stream as stream_module
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,32 @@ def test_reads_ahead_no_further_than_it_says(exact_model):
         ahead.append(read - item.index)
     # Those in the places, those that wait, and those that ended before an earlier one.
     assert max(ahead) <= 4 + 3 + 4 * NUM_TOKENS < 200
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 13])
+def test_reads_the_next_images_while_these_are_encoded(exact_model, monkeypatch, count):
+    """As on a GPU."""
+    monkeypatch.setattr(stream_module, "READS_AHEAD", {"cpu"})
+    images = sample_images(count).double()
+    expected = exact_model.tokenize(images, engine="oracle")
+    items = list(TokenStream(exact_model, images, batch_size=4, places=5))
+    assert [item.index for item in items] == list(range(count))
+    for item in items:
+        assert_close(item.tokens, expected[item.index])
+    with pytest.raises(ValueError, match=f"image {count} of the stream must be finite"):
+        list(TokenStream(exact_model, [*images, images[0] * float("nan")], batch_size=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_images_are_copied_to_a_gpu_while_it_computes(kind):
+    model = micro_model().cuda()
+    images = sample_images(40)
+    images = (images * 255).to(kind) if kind == torch.uint8 else images
+    expected = model.tokenize(images.cuda(), length=NUM_TOKENS)
+    for source in (images, images.cuda()):
+        items = list(TokenStream(model, source, batch_size=4, places=6, length=NUM_TOKENS))
+        assert_close(torch.cat([item.tokens for item in items]), expected.values)
 
 
 def test_tokens_are_copies(exact_model):
