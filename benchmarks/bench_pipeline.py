@@ -10,6 +10,7 @@ in a hundred, so lengths are spread over all of 1 to 256. The project's promise 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from diffusers import VQModel
 from tolerances import EOS_LOGIT_MARGIN, assert_close
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXModel
 from upstream import AMUSED_VQ, PYTHIA_70M, make_bidirectional, make_neox, make_vq, plain_convolutions
 
@@ -107,6 +109,13 @@ def sides(device: torch.device, batch: int) -> Sides:
     return Sides(ours, vq, generator, decoder, images, features, captured[0], tokens, padded, grid)
 
 
+def flop_of(function: Callable[[], Tensor]) -> float:
+    """Return the floating-point operations of a call's products and convolutions, two a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())
+
+
 @torch.no_grad()
 def bench_encoder(sides: Sides, compare) -> None:
     """The VQGAN's encoder, 216 GFLOP an image."""
@@ -121,6 +130,7 @@ def bench_encoder(sides: Sides, compare) -> None:
         rival,
         rival_name=RIVAL,
         images=len(sides.images),
+        flop=flop_of(lambda: sides.ours.vqgan.encode(sides.images[:1])) * len(sides.images),
         stage="encoder",
     )
 
@@ -200,6 +210,7 @@ def bench_decoder(sides: Sides, compare) -> None:
         rival,
         rival_name=RIVAL,
         images=len(sides.images),
+        flop=flop_of(lambda: sides.ours.vqgan.decode(quantized[:1])) * len(sides.images),
         stage="decoder",
     )
 
@@ -216,6 +227,22 @@ def bench_tokenize(sides: Sides, compare) -> None:
         rival_name=RIVAL,
         images=len(sides.images),
         stage="tokenize",
+        lengths=list(tokens.host_lengths),
+        rows_near_the_threshold=unclear,
+    )
+
+
+@torch.no_grad()
+def bench_deterministic(sides: Sides, compare) -> None:
+    """What the same bits in any batch cost: `tokenize(deterministic=True)` against `tokenize`."""
+    with plain_convolutions():
+        tokens = sides.ours.tokenize(sides.images, deterministic=True)
+        unclear = sides.check(tokens, list(sides.ours.tokenize(sides.images)))
+    compare(
+        lambda: sides.ours.tokenize(sides.images, deterministic=True),
+        lambda: sides.ours.tokenize(sides.images),
+        rival_name="not deterministic",
+        images=len(sides.images),
         lengths=list(tokens.host_lengths),
         rows_near_the_threshold=unclear,
     )

@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batch", type=int, default=None, help="images in a batch (default: 2 on a CPU, 32 on a GPU)")
     group.addoption("--threads", type=int, default=None, help="threads of torch and of our kernels (default: torch's)")
     group.addoption("--seconds", type=float, default=None, help="time a side for so long (default: 2)")
+    group.addoption("--cuda-graphs", action="store_true", help="let the engine replay CUDA graphs (bench_generator.py)")
     group.addoption("--quick", action="store_true", help="small sizes, few rounds: shows that everything runs")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -16,8 +15,9 @@ import torch
 class Remote:
     """A function that a process of its own builds and runs.
 
-    `build(*arguments)`, importable, returns two functions: one without arguments to be timed, and one that returns what
-    the benchmark compares and records. It is called in the new process, with `threads` threads of torch.
+    `build(*arguments)`, of a module that can be imported by its bare name, returns two functions: one without arguments
+    to be timed, and one that returns what the benchmark compares and records. It is called in the new process, with as
+    many threads of torch as here.
     """
 
     def __init__(self, build: Callable[..., tuple[Callable[[], Any], Callable[[], Any]]], *arguments: Any) -> None:
@@ -30,10 +30,9 @@ class Remote:
         theirs.close()
         self._answer()
 
-    def __call__(self) -> float:
-        """Run the function once, and return the seconds that it took there."""
-        seconds: float = self._ask("run")
-        return seconds
+    def __call__(self) -> None:
+        """Run the function once."""
+        self._ask("run")
 
     def report(self) -> Any:
         """Return what the second function returns."""
@@ -71,9 +70,10 @@ def _serve(connection: Connection, threads: int, build: Callable[..., Any], argu
             while True:
                 question = connection.recv()
                 if question == "run":
-                    begin = time.perf_counter()
                     run()
-                    connection.send((True, time.perf_counter() - begin))
+                    if torch.cuda.is_initialized():
+                        torch.cuda.synchronize()
+                    connection.send((True, None))
                 else:
                     connection.send((True, report()))
     except EOFError:

@@ -222,9 +222,13 @@ def resource_table(check: Check, limit: float) -> Record:
     return record
 
 
+# Where traces go, and the options that they are taken with.
+TRACES: dict[str, list[str]] = {"trace": [], "trace-graphs": ["--cuda-graphs"]}
+
+
 def trace(check: Check, limit: float) -> Record:
     """Trace the stages of `tokenize` as they are and with CUDA graphs, in bf16."""
-    for name, options in (("trace", []), ("trace-graphs", ["--cuda-graphs"])):
+    for name, options in TRACES.items():
         command = [sys.executable, check.root / "scripts" / "trace_stages.py", check.out / name, "--device", "cuda"]
         command += ["--dtype", "bfloat16", "--batch", "64", *options]
         ended = check.command("trace", command, limit / 2)
@@ -324,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.out.mkdir(parents=True, exist_ok=True)
     for old in ("summary.json", "resource_table.md", *(f"{stage.name}.log" for stage in STAGES)):
         (check.out / old).unlink(missing_ok=True)
+    for old in TRACES:
+        shutil.rmtree(check.out / old, ignore_errors=True)
     print(f"{found['device']}, torch {found['torch']}, commit {check.summary['commit']}", flush=True)
     code = run_stages(check, STAGES)
     print(f"{'passed' if code == 0 else 'NOT PASSED'}: {check.out / 'summary.json'}")

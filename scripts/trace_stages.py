@@ -4,7 +4,8 @@
 
 For the encoder, the prefix and one block of steps of the base model with random weights, OUTDIR gets a trace in
 Chrome's format (chrome://tracing, or ui.perfetto.dev), and launches.md: on a GPU the kernels that each stage launches,
-on a CPU torch's operators, how often and for how long. Every stage has run three times before.
+on a CPU torch's operators, how often and for how long; with --cuda-graphs the kernels that a graph launches by itself.
+Every stage has run three times before.
 """
 
 from __future__ import annotations
@@ -38,24 +39,26 @@ def record(stage: Callable[[], Any], device: torch.device, trace: Path) -> list[
     found = []
     for event in profiler.key_averages():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        seconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if on_device == cuda and seconds > 0:
-            found.append((event.key, event.count, seconds))
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if on_device == cuda and microseconds > 0:
+            found.append((event.key, event.count, microseconds))
     return sorted(found, key=lambda row: -row[2])
 
 
 def table(name: str, launched: list[tuple[str, int, float]]) -> str:
     """Return a stage's launches as Markdown."""
-    total = sum(seconds for _, _, seconds in launched)
+    total = sum(microseconds for _, _, microseconds in launched)
     rest = launched[ROWS:]
     shown = launched[:ROWS]
     if rest:
         shown = [*shown, (f"{len(rest)} others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
     lines = [f"## {name}: {sum(row[1] for row in launched)} launches, {total / 1e3:.2f} ms", ""]
     lines += ["| what | launches | ms | share |", "|---|---|---|---|"]
-    for key, count, seconds in shown:
+    for key, count, microseconds in shown:
         short = key.replace("|", "\\|")[:80]
-        lines.append(f"| `{short}` | {count} | {seconds / 1e3:.3f} | {100 * seconds / max(total, 1e-9):.1f} % |")
+        lines.append(
+            f"| `{short}` | {count} | {microseconds / 1e3:.3f} | {100 * microseconds / max(total, 1e-9):.1f} % |"
+        )
     return "\n".join([*lines, ""])
 
 

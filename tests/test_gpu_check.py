@@ -268,3 +268,25 @@ def test_build(check, monkeypatch, there):
     assert build["status"] == "skipped"
     assert build["note"].startswith("pybind11, nvcc: not installed, so ")
     assert ("not tested" in build["note"]) == (not there)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_traces(check, code):
+    write(check.root / "scripts" / "trace_stages.py", TRACER.replace("CODE", str(code)))
+    _, summary = run(check, "trace")
+    record = summary["stages"]["trace"]
+    assert record["status"] == ("failed" if code else "passed")
+    assert record["exit_code"] == code
+    words = (check.out / "trace" / "words").read_text(encoding="utf-8").split()
+    assert words[words.index("--device") + 1] == "cuda" and "--cuda-graphs" not in words
+    if not code:
+        assert "--cuda-graphs" in (check.out / "trace-graphs" / "words").read_text(encoding="utf-8")
+
+
+TRACER = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[1])
+out.mkdir()
+(out / "words").write_text(" ".join(sys.argv[2:]))
+sys.exit(CODE)
+"""

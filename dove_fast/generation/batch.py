@@ -140,8 +140,8 @@ class Batch:
         self._last_projection = last_projection
         self._linears = linears
         self._graphs = graphs
-        # What rows that only fill a bucket use; where blocks are recorded, the cache has one place more.
-        self._spare = slots
+        # Behind these, where blocks are recorded, the cache has places for rows that only fill a bucket.
+        self._slots = slots
         self._free = deque(range(slots))
         self._used = 0
         self._rows: list[_Row] = []
@@ -238,11 +238,12 @@ class Batch:
             table = by_row(slots, counts, prefixes=prefixes, steps=steps)
             lengths = self._compute(self._upload(table), len(rows), sum(counts), max(counts))
         else:
-            # As many rows as the next bucket has; the others have no prefix and start at step 0 in the spare place.
+            # As many rows as the next bucket has; the others have no prefix and start at step 0 in places of their own.
             size, steps_each = bucket(len(rows)), counts[0]
             more = size - len(rows)
+            spare = list(range(self._slots, self._slots + more))
             table = by_row(
-                slots + [self._spare] * more,
+                slots + spare,
                 [steps_each] * size,
                 prefixes=prefixes + [0] * more,
                 steps=steps + [0] * more,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dove_fast.generation.cache import GeneratorCache
-from dove_fast.generation.linear import PackedLinears
+from dove_fast.generation.linear import PackedLinears, is_plain
 from dove_fast.generation.steps import StepTables
 from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import Attention, GPTNeoX, Layer, add_and_normalise, rotate
@@ -146,7 +146,7 @@ def prefill(
     last = layers[-1]
     _, for_attention, _ = add_and_normalise(x, addends, last.input_layernorm)
     projection, num_heads = last.attention.query_key_value, last.attention.num_heads
-    if type(projection) is nn.Linear:
+    if isinstance(projection, nn.Linear) and is_plain(projection):
         sources = (projection.weight,) if projection.bias is None else (projection.weight, projection.bias)
         both = linears(kept_projection(*sources, num_heads=num_heads), for_attention)
         k, v = both.view(both.shape[0], num_heads, 2, -1).unbind(2)

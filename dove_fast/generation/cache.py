@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,24 @@ import torch
 from torch import Tensor
 
 from dove_fast.config import GPTNeoXConfig
-from dove_fast.generation.graphs import new_graphs
+from dove_fast.generation.graphs import Graphs
 from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import rotary_table
 
-__all__ = ["CachePool", "GeneratorCache", "row_bytes"]
+__all__ = ["CachePool", "GeneratorCache", "graphs_of", "row_bytes"]
+
+# Graphs of blocks and prefixes that are kept over one cache.
+BLOCK_GRAPHS = 64
+
+
+def graphs_of(most: int) -> Derived:
+    """Return what keeps `Graphs` of tensors that stay where they are and as they are: new ones where one changes."""
+    return Derived(functools.partial(_new_graphs, most))
+
+
+def _new_graphs(most: int, *tensors: Tensor) -> Graphs:
+    del tensors
+    return Graphs(most)
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class GeneratorCache:
 
     keys, values: one (slots, H, M, D) a layer, keys turned by their rotary positions; cos, sin: (M, rotary_dim) fp32,
     the table of those positions; states: (slots, T, d), the final hidden state of every step so far. graphs: what was
-    recorded over this memory, by the parameters that it reads.
+    recorded over this memory, by the tensors that it reads beside.
     """
 
     keys: tuple[Tensor, ...]
@@ -33,7 +47,7 @@ class GeneratorCache:
     cos: Tensor
     sin: Tensor
     states: Tensor
-    graphs: Derived = field(default_factory=lambda: Derived(new_graphs))
+    graphs: Derived = field(default_factory=lambda: graphs_of(BLOCK_GRAPHS))
 
     @classmethod
     def allocate(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dove_fast.generation.batch import Batch, Block, Finished, LengthRule, Waiting, WorkCounters
 from dove_fast.generation.blocks import last_keys_and_values
-from dove_fast.generation.cache import CachePool, row_bytes
+from dove_fast.generation.cache import CachePool, graphs_of, row_bytes
 from dove_fast.generation.decoder import decode, derived_zero_row
-from dove_fast.generation.graphs import RECORDERS, new_graphs
+from dove_fast.generation.graphs import RECORDERS, spare_places
 from dove_fast.generation.linear import PackedLinears
 from dove_fast.generation.schedule import (
     CostModel,
@@ -29,7 +29,6 @@ from dove_fast.generation.schedule import (
     stream_block,
 )
 from dove_fast.generation.steps import derived_tables, step_tables
-from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import GPTNeoX
 from dove_fast.ragged import RaggedTokens
 
@@ -37,6 +36,9 @@ __all__ = ["Generation", "generate", "rounded_up"]
 
 # What the caches of all rows together may take; more rows wait until others have ended.
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+
+# Graphs of the encoder that are kept, one for each number of images.
+ENCODER_GRAPHS = 4
 
 # Caches are made for a multiple of so many positions, so that queries of other lengths seldom need a new one.
 POSITION_MULTIPLE = 32
@@ -55,7 +57,8 @@ class Generation:
     default, `DOVE.measure_cost()` fits one.
     `cuda_graphs`: on a GPU, whether the encoder, the prefix and the blocks are recorded as CUDA graphs once a shape
     came twice, and replayed. Values change by rounding alone: a block's rows are filled up to one of few counts.
-    Off by default: not measured yet. A `RuntimeError` elsewhere, and under autocast (cast the weights instead).
+    Off by default: not measured yet. A `ValueError` elsewhere, and under autocast (cast the weights instead). They
+    keep the memory of an encoder's chunk and of the largest block.
     Copies and pickles keep these four.
     """
 
@@ -65,7 +68,7 @@ class Generation:
         self.learning = True
         self.cost: CostModel | None = None
         self.cuda_graphs = False
-        self._encoder_graphs = Derived(new_graphs)
+        self._encoder_graphs = graphs_of(ENCODER_GRAPHS)
         self._encoder_lock = threading.Lock()
         self._tables = derived_tables()
         self._last_projection = last_keys_and_values()
@@ -111,9 +114,9 @@ class Generation:
         if not self.cuda_graphs:
             return False
         if device.type not in RECORDERS:
-            raise RuntimeError(f"generation.cuda_graphs is for a model on a GPU, this one is on {device}")
+            raise ValueError(f"generation.cuda_graphs is for a model on a GPU, this one is on {device}")
         if torch.is_autocast_enabled(device.type):
-            raise RuntimeError("generation.cuda_graphs does not go with autocast; cast the model's weights instead")
+            raise ValueError("generation.cuda_graphs does not go with autocast; cast the model's weights instead")
         return True
 
     def encode(self, encode: Callable[[Tensor], Tensor], images: Tensor, parameters: Iterable[Tensor]) -> Tensor:
@@ -124,7 +127,7 @@ class Generation:
         # One at a time: a graph's memory is not for two. On the device the stream keeps the order.
         with self._encoder_lock:
             graphs = self._encoder_graphs(*parameters)
-            return graphs((images.shape, images.stride(), images.dtype, stream), encode, images).clone()
+            return graphs(stream, encode, images).clone()
 
     def decode(self, token_decoder: GPTNeoX, tokens: RaggedTokens, *, attends_padding: bool) -> Tensor:
         """Return the token decoder's states (B, T, d) for images of 1 to T tokens each, without gradients."""
@@ -147,14 +150,14 @@ class Generation:
         recording = self._records_on(device)
         with self._pool.lease(
             generator.config,
-            slots + recording,
+            slots + (spare_places(slots) if recording else 0),
             positions,
             rule.most,
             device=device,
             dtype=dtype,
             state_dtype=weight.dtype,
         ) as cache:
-            parameters = (*generator.parameters(), *eos_head.parameters())
+            reads = (*generator.parameters(), *eos_head.parameters(), *tables)
             yield Batch(
                 generator,
                 eos_head,
@@ -164,7 +167,7 @@ class Generation:
                 tables=tables,
                 last_projection=self._last_projection,
                 linears=self._linears,
-                graphs=cache.graphs(*parameters) if recording else None,
+                graphs=cache.graphs(*reads) if recording else None,
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,7 +181,11 @@ class Generation:
         """Return how many rows fit into `CACHE_BYTES`, at least one."""
         weight = generator.final_layer_norm.weight
         budget = CACHE_BYTES.get(weight.device.type, CACHE_BYTES["cpu"])
-        return max(1, budget // row_bytes(generator.config, longest_prefix + steps, steps, weight.element_size()))
+        positions = rounded_up(longest_prefix + steps)
+        rows = max(1, budget // row_bytes(generator.config, positions, steps, weight.element_size()))
+        if self.cuda_graphs:
+            rows = max(1, rows - spare_places(rows))
+        return rows
 
 
 def generate(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["RECORDERS", "Graphs", "bucket", "new_graphs"]
+__all__ = ["RECORDERS", "Graphs", "bucket", "spare_places"]
 
 Function = Callable[..., Tensor]
 Replay = Callable[[], Tensor]
+
+# torch records one graph at a time in a process.
+_RECORDING = threading.Lock()
+
+
+def _step(rows: int) -> int:
+    step = 1
+    while rows > 8 * step:
+        step *= 2
+    return step
 
 
 def bucket(rows: int) -> int:
@@ -19,16 +31,21 @@ def bucket(rows: int) -> int:
 
     Four sizes for every power of two: at most a quarter is computed in vain, and a batch that shrinks needs few graphs.
     """
-    step = 1
-    while rows > 8 * step:
-        step *= 2
-    return -(-rows // step) * step
+    return -(-rows // _step(rows)) * _step(rows)
 
 
-def _record_cuda(function: Function, *given: Tensor) -> Replay:
+def spare_places(rows: int) -> int:
+    """Return how many rows are at most missing to a bucket, for any number of rows up to this."""
+    return _step(rows) - 1
+
+
+def _record_cuda(function: Function, given: tuple[Tensor, ...], pool: Any) -> Replay:
     """Record `function(*given)`, and return what runs it again on what those tensors hold then."""
+    device = given[0].device
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may allocate meanwhile. The stream is on the tensors' device, whichever is current.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = function(*given)
 
     def replay() -> Tensor:
@@ -38,41 +55,54 @@ def _record_cuda(function: Function, *given: Tensor) -> Replay:
     return replay
 
 
-# What records on a device type.
-RECORDERS: dict[str, Callable[..., Replay]] = {"cuda": _record_cuda}
+# What records on a device type, and what makes the memory that its recordings share.
+RECORDERS: dict[str, tuple[Callable[..., Replay], Callable[[], Any]]] = {
+    "cuda": (_record_cuda, torch.cuda.graph_pool_handle)
+}
 
 
 class Graphs:
     """Keeps recorded functions of tensors, by key. Not for several threads at once, nor for several streams.
 
-    A key says everything that decides which kernels run, beside the contents of the tensors: their shapes, options.
-    What a function reads and writes beside its tensors has to stay where it is.
+    A key says what decides which kernels run beside the tensors' shapes, dtypes and strides, and beside torch's
+    switches for precision: options. What a function reads and writes beside its tensors has to stay where it is.
     The first call with a key runs as it is, which compiles kernels and warms the libraries up; the second is recorded.
-    `most` are kept, those that were used last. `recorded`, `replayed` count.
+    `most` are kept, those that were used last; they share their memory. `recorded`, `replayed` count.
     """
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
         self._kept: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Replay] | None] = OrderedDict()
+        self._pool: Any = None
         self.recorded = 0
         self.replayed = 0
 
     def __call__(self, key: Hashable, function: Function, *given: Tensor) -> Tensor:
-        """Return `function(*given)`: a tensor that the next call with this key may overwrite."""
+        """Return `function(*given)`: a tensor that the next call may overwrite."""
+        key = (key, *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in given), *_switches())
         if key not in self._kept:
             self._keep(key, None)
             return function(*given)
         kept = self._kept[key]
         if kept is None:
-            inside = tuple(tensor.clone() for tensor in given)
-            kept = inside, RECORDERS[given[0].device.type](function, *inside)
-            self.recorded += 1
+            kept = self._record(function, given)
         self._keep(key, kept)
         inside, replay = kept
         for mine, tensor in zip(inside, given, strict=True):
             mine.copy_(tensor)
         self.replayed += 1
         return replay()
+
+    def _record(self, function: Function, given: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Replay]:
+        record, new_pool = RECORDERS[given[0].device.type]
+        # What is made here serves later calls in any mode.
+        with _RECORDING, torch.inference_mode(False), torch.no_grad():
+            if self._pool is None:
+                self._pool = new_pool()
+            inside = tuple(tensor.clone() for tensor in given)
+            replay = record(function, inside, self._pool)
+        self.recorded += 1
+        return inside, replay
 
     def _keep(self, key: Hashable, kept: tuple[tuple[Tensor, ...], Replay] | None) -> None:
         self._kept[key] = kept
@@ -81,7 +111,11 @@ class Graphs:
             self._kept.popitem(last=False)
 
 
-def new_graphs(*parameters: Tensor) -> Graphs:
-    """Return graphs that read these parameters: what `Derived` makes anew when one of them changes."""
-    del parameters
-    return Graphs()
+def _switches() -> tuple[Hashable, ...]:
+    """What of torch's settings decides which kernels run."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dove_fast.models.derived import Derived
 from dove_fast.models.gpt_neox import MLP
 
-__all__ = ["PackedLinears"]
+__all__ = ["PackedLinears", "is_plain"]
 
 # Rows that the layout is chosen for; it is as good for one row and for thousands.
 ROWS = 64
@@ -22,7 +22,7 @@ ROWS = 64
 
 @functools.cache
 def _packed_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes that oneDNN multiplies with instructions of their own on this processor."""
+    """Return the dtypes that oneDNN multiplies on this processor."""
     if not torch.backends.mkldnn.is_available():
         return frozenset()
     has_bf16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -40,8 +40,9 @@ class PackedLinears:
     A general matrix product lays its weight out anew in every call (benchmarks/bench_linear.py has what that costs).
     The result is the layer's within rounding. A copy is made at a layer's first call, and again when its weight changes
     (see `Derived`); it goes when the layer goes. Anything else is the layer's own affair and is called as it is:
-    subclasses of `nn.Linear` and adapters around it, layers with hooks, other devices and dtypes, torch.compile, and
-    `torch.backends.mkldnn` switched off. Safe to use from several threads. Copies and pickles start empty.
+    subclasses of `nn.Linear` and adapters around it, layers with hooks or a `forward` of their own, other devices and
+    dtypes, torch.compile, and `torch.backends.mkldnn` switched off. Safe to use from several threads. Copies and
+    pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class PackedLinears:
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         """Return `mlp(x)`, (..., d) -> (..., d)."""
-        if type(mlp) is not MLP or _has_hooks(mlp):
+        if not isinstance(mlp, MLP) or not is_plain(mlp, MLP):
             plain: Tensor = mlp(x)
             return plain
         return self(mlp.dense_4h_to_h, F.gelu(self(mlp.dense_h_to_4h, x)))
@@ -82,13 +83,15 @@ class PackedLinears:
         PackedLinears.__init__(self)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling the module does what its class does and nothing else, so that it can be computed another way."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in vars(module)
 
 
 def _dtype_to_pack(linear: nn.Module, x: Tensor) -> torch.dtype | None:
     """Return the dtype to multiply in, or None where this is no case for a packed weight."""
-    if type(linear) is not nn.Linear:
+    if not isinstance(linear, nn.Linear) or not is_plain(linear):
         return None
     weight = linear.weight
     if (
@@ -100,7 +103,6 @@ def _dtype_to_pack(linear: nn.Module, x: Tensor) -> torch.dtype | None:
         or type(weight) is not nn.Parameter
         or weight.is_inference()
         or x.numel() == 0
-        or _has_hooks(linear)
         or not torch.backends.mkldnn.enabled
     ):
         return None

@@ -45,6 +45,8 @@ class _Read:
 
     upload: Upload
     query_ids: list[Tensor]
+    # Which are not finite, where floating: read when it is their turn, as on a GPU work may be queued before.
+    nonfinite: Tensor | None
 
 
 class TokenStream:
@@ -153,6 +155,8 @@ class TokenStream:
         batch = self._next or self._read_batch()
         if batch is None:
             return
+        if batch.nonfinite is not None and (rows := batch.nonfinite.nonzero().squeeze(1).tolist()):
+            raise ValueError(f"image {self._encoded + rows[0]} of the stream must be finite, got NaN or infinity")
         for prefix in self._model.prefixes(self._model.encode_in_chunks(batch.upload.images()), batch.query_ids):
             self._waiting.append(Waiting(self._encoded, prefix))
             self._encoded += 1
@@ -169,15 +173,11 @@ class TokenStream:
         if not images:
             return None
         together = torch.stack(images)
-        # On a GPU before anything is queued behind it: this reads what is there already.
-        flags = nonfinite_rows(together)
-        if flags is not None and (rows := flags.nonzero().squeeze(1).tolist()):
-            raise ValueError(f"image {self._read + rows[0]} of the stream must be finite, got NaN or infinity")
         self._read += len(images)
         device = self._model.device
         if device.type == "cuda" and self._copies is None:
             self._copies = torch.cuda.Stream(device)
-        return _Read(Upload(together, device, self._copies), query_ids)
+        return _Read(Upload(together, device, self._copies), query_ids, nonfinite_rows(together))
 
     def _checked(self, index: int, image: Tensor, query: Query) -> Tensor:
         """Check image `index` and its query, and return the query's ids; errors name the image."""

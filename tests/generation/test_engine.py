@@ -241,7 +241,8 @@ def test_more_rows_than_places(exact_model, monkeypatch, places, block_size, opt
     """Rows beyond what the caches may take wait, and get the places of rows that ended."""
     images = sample_images(20).double()
     queries = [torch.arange(row % 4) if row % 3 else None for row in range(20)]
-    bytes_of_row = row_bytes(exact_model.config.generator, 16 + 3 + options.get("length", NUM_TOKENS), NUM_TOKENS, 8)
+    most = options.get("length", options.get("max_length", NUM_TOKENS))
+    bytes_of_row = row_bytes(exact_model.config.generator, engine.rounded_up(16 + 3 + most), most, 8)
     monkeypatch.setattr(engine, "CACHE_BYTES", {"cpu": places * bytes_of_row})
     assert exact_model.config.num_features == 16
     given = {"block_size": block_size, **options}
@@ -428,6 +429,15 @@ def test_a_wrapped_projection_is_called(model):
     plain = attention.query_key_value
     attention.query_key_value = Adapter(plain.in_features, plain.out_features)
     attention.query_key_value.load_state_dict(plain.state_dict())
+    images = sample_images(3)
+    expected = model.tokenize(images, length=NUM_TOKENS, engine="oracle").values
+    assert_close(model.tokenize(images, length=NUM_TOKENS).values, expected)
+
+
+def test_a_hook_on_the_last_projection_is_called(model):
+    model = copy.deepcopy(model)
+    projection = model.generator.layers[-1].attention.query_key_value
+    projection.register_forward_hook(lambda module, args, out: out + 0.1)
     images = sample_images(3)
     expected = model.tokenize(images, length=NUM_TOKENS, engine="oracle").values
     assert_close(model.tokenize(images, length=NUM_TOKENS).values, expected)

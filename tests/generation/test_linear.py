@@ -99,6 +99,9 @@ def test_others_are_called_as_they_are(linears, calls):
         hook = layer.register_forward_hook(lambda module, args, out: out + 1)
         assert torch.equal(linears(layer, x), layer(x))
         hook.remove()
+        wrapped = copy.deepcopy(layer)
+        wrapped.forward = lambda x: 2 * layer(x)
+        assert torch.equal(linears(wrapped, x), 2 * layer(x))
         assert not calls
         with pytest.raises(RuntimeError, match="same dtype"):
             linears(layer, x.double())

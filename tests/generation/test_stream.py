@@ -14,6 +14,7 @@ from tolerances import assert_close
 
 from dove_fast.generation import LengthHistogram, TokenStream, engine
 from dove_fast.generation import stream as stream_module
+from dove_fast.generation.batch import Batch
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +80,43 @@ def test_reads_ahead_no_further_than_it_says(exact_model):
 
 
 @pytest.mark.parametrize("count", [1, 4, 6, 13])
-def test_reads_the_next_images_while_these_are_encoded(exact_model, monkeypatch, count):
-    """As on a GPU."""
-    monkeypatch.setattr(stream_module, "READS_AHEAD", {"cpu"})
+@pytest.mark.parametrize("ahead", [False, True])
+def test_reads_the_next_images_while_these_are_encoded(exact_model, monkeypatch, count, ahead):
+    """As on a GPU, which computes meanwhile."""
+    monkeypatch.setattr(stream_module, "READS_AHEAD", {"cpu"} if ahead else set())
     images = sample_images(count).double()
     expected = exact_model.tokenize(images, engine="oracle")
-    items = list(TokenStream(exact_model, images, batch_size=4, places=5))
-    assert [item.index for item in items] == list(range(count))
-    for item in items:
+    found = list(TokenStream(exact_model, images, batch_size=4, places=5))
+    assert [item.index for item in found] == list(range(count))
+    for item in found:
         assert_close(item.tokens, expected[item.index])
     with pytest.raises(ValueError, match=f"image {count} of the stream must be finite"):
         list(TokenStream(exact_model, [*images, images[0] * float("nan")], batch_size=4))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_how_far_it_reads_before_the_first_block(exact_model, monkeypatch, ahead):
+    monkeypatch.setattr(stream_module, "READS_AHEAD", {"cpu"} if ahead else set())
+    read: list[int] = []
+    admitted: list[int] = []
+    refill = Batch.refill
+
+    def noted(self, waiting):
+        admitted.append(len(read))
+        refill(self, waiting)
+
+    monkeypatch.setattr(Batch, "refill", noted)
+    source = (read.append(1) or image for image in sample_images(20).double())
+    assert len(list(TokenStream(exact_model, source, batch_size=4, places=4))) == 20
+    assert admitted[0] == (8 if ahead else 4)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float64])
 def test_images_are_copied_to_a_gpu_while_it_computes(kind):
-    model = micro_model().cuda()
+    model = micro_model().to("cuda", torch.float64)
     images = sample_images(40)
-    images = (images * 255).to(kind) if kind == torch.uint8 else images
+    images = (images * 255).to(kind) if kind == torch.uint8 else images.to(kind)
     expected = model.tokenize(images.cuda(), length=NUM_TOKENS)
     for source in (images, images.cuda()):
         items = list(TokenStream(model, source, batch_size=4, places=6, length=NUM_TOKENS))

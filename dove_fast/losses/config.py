@@ -1,0 +1,59 @@
+"""The weights of the losses, each with where its default comes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+__all__ = ["LossConfig"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What each term of the losses weighs, and when. The paper gives no values but `irrelevant_weight`.
+
+    Raises `TypeError` or `ValueError` that names the field. Source: METHOD section 4.
+    """
+
+    # The pixels' squared error is the unit that the others are weighed against. [reading]
+    mse_weight: float = 1.0
+    # As VQGANs are trained (Esser et al. 2021, taming-transformers). 0: LPIPS is not needed. [reading]
+    perceptual_weight: float = 1.0
+    # Small, so that the model does not hallucinate detail; taming-transformers takes 0.8 with an adaptive factor. 0: no
+    # discriminator. [reading]
+    adversarial_weight: float = 0.1
+    # Steps before the adversarial term counts: the discriminator of an untrained model teaches noise. [reading]
+    adversarial_start: int = 10_000
+    # Scale the adversarial gradient to the reconstruction's at the decoder's last layer (taming-transformers).
+    adaptive_adversarial: bool = False
+    # lambda: log-linear from the first to the second value over so many steps, then constant. "Extremely small" and
+    # growing in the paper, without values. [reading]
+    eos_weight_start: float = 1e-8
+    eos_weight_end: float = 1e-2
+    eos_weight_steps: int = 50_000
+    # w_irr, Q-DOVE's weight of what the text does not ask for: the paper's value.
+    irrelevant_weight: float = 1e-10
+    # Steps whose mean error is the threshold: the paper's value.
+    threshold_window: int = 100
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            name = f"LossConfig.{field.name}"
+            if field.type == "bool":
+                if not isinstance(value, bool):
+                    raise TypeError(f"{name} must be true or false, got {value!r}")
+                continue
+            kinds = (int,) if field.type == "int" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise TypeError(f"{name} must be {'an int' if field.type == 'int' else 'a number'}, got {value!r}")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        for name in ("eos_weight_start", "eos_weight_end", "eos_weight_steps", "threshold_window"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"LossConfig.{name} must be above 0, got {getattr(self, name)}")
+
+    def eos_weight(self, step: int) -> float:
+        """Return lambda at an optimiser step, counted from 0."""
+        share = min(max(step, 0) / self.eos_weight_steps, 1.0)
+        return float(self.eos_weight_start ** (1 - share) * self.eos_weight_end**share)

@@ -1,0 +1,172 @@
+"""The whole losses of DOVE and Q-DOVE: reconstruction, regions, and length.
+
+Shape suffixes: B images of H x W pixels, T steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dove_fast.losses.config import LossConfig
+from dove_fast.losses.discriminator import hinge_loss
+from dove_fast.losses.length import RunningThreshold, eos_loss
+from dove_fast.losses.region import region_mean, region_mse
+
+__all__ = ["DOVELoss", "LossTerms", "QDOVELoss"]
+
+# taming-transformers' bounds of the adaptive factor.
+ADAPTIVE_EPS, ADAPTIVE_MOST = 1e-4, 1e4
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A step's loss and what it is made of; everything but `total` is detached.
+
+    total: () what is minimised. mse, perceptual, adversarial, eos: () means over the images, not weighed; inside their
+    regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. eos_weight: lambda.
+    errors: (B,) each image's mean squared error inside its region: what the threshold learns from.
+    """
+
+    total: Tensor
+    mse: Tensor
+    perceptual: Tensor
+    adversarial: Tensor
+    irrelevant: Tensor
+    eos: Tensor
+    eos_weight: float
+    errors: Tensor
+
+
+class QDOVELoss(nn.Module):
+    """The loss of Q-DOVE: reconstruction inside the region that the text points at, and length.
+
+    config: the weights. perceptual: a module of images (B, 3, H, W), reconstructions -> distances (B, 1, H, W), such as
+    `LPIPS`; needed where `config.perceptual_weight` is not 0. discriminator: images -> scores, such as
+    `PatchDiscriminator`; needed where `config.adversarial_weight` is not 0. Neither is a parameter of the loss.
+    `threshold` is tau, part of the state: call `threshold.update` once a step, behind the optimiser's, with the mean of
+    `LossTerms.errors` over all ranks. Source: METHOD section 4.
+    """
+
+    def __init__(
+        self, config: LossConfig, *, perceptual: nn.Module | None = None, discriminator: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        for name, needed, part in (
+            ("perceptual_weight", "perceptual", perceptual),
+            ("adversarial_weight", "discriminator", discriminator),
+        ):
+            weight = getattr(config, name)
+            if weight and part is None:
+                raise ValueError(f"LossConfig.{name} is {weight}, which needs `{needed}`; pass one, or a weight of 0")
+        self.config = config
+        self.threshold = RunningThreshold(config.threshold_window)
+        # In a tuple, so that their weights are not this module's: they have checkpoints and optimisers of their own.
+        self._parts = (perceptual, discriminator)
+
+    def forward(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        eos_logits: Tensor,
+        lengths: Tensor,
+        *,
+        step: int,
+        mask: Tensor | None = None,
+        forced: bool = False,
+        last_layer: Tensor | None = None,
+    ) -> LossTerms:
+        """Return the loss of a batch.
+
+        images, reconstruction: (B, 3, H, W) in [0, 1], the second with a graph. eos_logits (B, T), lengths (B,): as in
+        `eos_loss`. step: optimiser steps before this one. mask: (B, 1, H, W) bool, the regions; None where there is
+        no text: the whole image. forced: the lengths were given and not found, so they teach EOS nothing.
+        last_layer: the weight that the adaptive factor is measured at, needed where `config.adaptive_adversarial`.
+        """
+        config = self.config
+        perceptual, discriminator = self._parts
+        mse, mse_outside = region_mse(images, reconstruction, mask)
+        relevant, irrelevant = config.mse_weight * mse, config.mse_weight * mse_outside
+        zero = mse.new_zeros(())
+        seen = zero
+        if config.perceptual_weight:
+            assert perceptual is not None
+            inside, outside = region_mean(perceptual(images, reconstruction).to(mse.dtype), mask)
+            relevant = relevant + config.perceptual_weight * inside
+            irrelevant = irrelevant + config.perceptual_weight * outside
+            seen = inside.mean()
+        fooled = zero
+        total = relevant.mean()
+        if config.adversarial_weight and step >= config.adversarial_start:
+            assert discriminator is not None
+            # Of the whole image, whatever the region.
+            fooled = -discriminator(reconstruction).to(mse.dtype).mean()
+            weighed = config.adversarial_weight * fooled
+            if config.adaptive_adversarial:
+                weighed = _adaptive(total, fooled, last_layer) * weighed
+            total = total + weighed
+        total = total + config.irrelevant_weight * irrelevant.mean()
+        eos_weight = config.eos_weight(step)
+        eos = zero if forced else eos_loss(eos_logits, lengths, mse, self.threshold.value).mean()
+        total = total + eos_weight * eos
+        return LossTerms(
+            total=total,
+            mse=mse.mean().detach(),
+            perceptual=seen.detach(),
+            adversarial=fooled.detach(),
+            irrelevant=irrelevant.mean().detach(),
+            eos=eos.detach(),
+            eos_weight=eos_weight,
+            errors=mse.detach(),
+        )
+
+    def discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Return what the discriminator minimises, (); its images carry no graph."""
+        _, discriminator = self._parts
+        if discriminator is None:
+            raise ValueError("this loss was made without a discriminator")
+        return hinge_loss(discriminator(images.detach()), discriminator(reconstruction.detach()))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return tau's window: `state_dict` holds it."""
+        return self.threshold.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on with tau's window of a checkpoint."""
+        self.threshold.load_state_dict(state)
+
+
+class DOVELoss(QDOVELoss):
+    """The loss of DOVE: `QDOVELoss` without regions, over whole images."""
+
+    def forward(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        eos_logits: Tensor,
+        lengths: Tensor,
+        *,
+        step: int,
+        mask: Tensor | None = None,
+        forced: bool = False,
+        last_layer: Tensor | None = None,
+    ) -> LossTerms:
+        """Return the loss of a batch; arguments as in `QDOVELoss.forward`, without a mask."""
+        if mask is not None:
+            raise ValueError("DOVELoss has no regions, got a mask; QDOVELoss takes one")
+        return super().forward(
+            images, reconstruction, eos_logits, lengths, step=step, forced=forced, last_layer=last_layer
+        )
+
+
+def _adaptive(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor | None) -> Tensor:
+    """Return how much larger the reconstruction's gradient is at the last layer than the adversarial one's."""
+    if last_layer is None:
+        raise ValueError("LossConfig.adaptive_adversarial needs `last_layer`, the weight of the decoder's last layer")
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    ]
+    return (norms[0] / (norms[1] + ADAPTIVE_EPS)).clamp(0, ADAPTIVE_MOST).detach()
