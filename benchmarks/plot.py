@@ -54,6 +54,7 @@ def panel(axes: Any, rows: list[dict[str, Any]], key: str, label: str) -> None:
     axes.set_xlabel(label)
     axes.set_ylabel("milliseconds an image")
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
 
 
@@ -64,7 +65,7 @@ def draw(source: Path, target: Path) -> None:
     panel(left, [row for row in rows if row["batch_size"] == BATCH], "mean_length", f"mean length, batch of {BATCH}")
     panel(right, [row for row in rows if row["asked_mean"] == MEAN], "batch_size", f"batch size, mean length {MEAN}")
     right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    right.xaxis.set_major_formatter(lambda x, position: f"{x:g}")
     left.legend(loc="lower right")
     figure.suptitle(f"The generator, base model ({machine})", fontsize=11)
     target.parent.mkdir(parents=True, exist_ok=True)
