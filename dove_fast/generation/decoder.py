@@ -63,7 +63,6 @@ def _attend(attention: Attention, qkv: Tensor, attend: Callable[..., Tensor], li
     return linears(attention.dense, attend(q, k, v).flatten(1))
 
 
-@torch.no_grad()
 def decode(
     decoder: GPTNeoX,
     tokens: RaggedTokens,
@@ -73,7 +72,7 @@ def decode(
     *,
     attends_padding: bool,
 ) -> Tensor:
-    """Run a bidirectional stack over each image's tokens and zeros up to T -> states (B, T, d), without gradients.
+    """Run a bidirectional stack over each image's tokens and zeros up to T -> states (B, T, d).
 
     tokens: B rows of 1 to T = `num_tokens` tokens of width d in the stack's dtype. `attends_padding` False: the zeros
     are queries and not keys. Source: METHOD section 3.
@@ -90,7 +89,9 @@ def decode(
         key_lengths=None if attends_padding else tokens.cu_seqlens.diff(),
     )
     first, *others = cast("Sequence[Layer]", decoder.layers)
-    zero: ZeroRow = kept_zero_row(*first.parameters(), layer=first)
+    # With gradients it is computed anew, for its graph.
+    grad = torch.is_grad_enabled()
+    zero: ZeroRow = (_compute if grad else kept_zero_row)(*first.parameters(), layer=first)
     x = tokens.values
     _, for_attention, for_mlp = add_and_normalise(x, (), first.input_layernorm, first.post_attention_layernorm)
     assert for_mlp is not None

@@ -130,7 +130,7 @@ class Generation:
             return graphs(stream, encode, images).clone()
 
     def decode(self, token_decoder: GPTNeoX, tokens: RaggedTokens, *, attends_padding: bool) -> Tensor:
-        """Return the token decoder's states (B, T, d) for images of 1 to T tokens each, without gradients."""
+        """Return the token decoder's states (B, T, d) for images of 1 to T tokens each."""
         return decode(
             token_decoder, tokens, self.num_tokens, self._zero_row, self._linears, attends_padding=attends_padding
         )

@@ -202,23 +202,26 @@ class DOVE(nn.Module):
         states = torch.stack(
             [row[start : start + self.config.num_tokens] for row, start in zip(hidden, starts, strict=True)]
         ).to(self.dtype)
-        return states, self._eos_logits(states)
+        return states, self.eos_logits(states).float()
 
     def _embed(self, query: Tensor) -> list[Tensor]:
         if query.numel() == 0 or self.generator.embed_in is None:
             return []
         return [self.generator.embed_in(query.to(self.device))]
 
-    def _eos_logits(self, states: Tensor) -> Tensor:
-        # In fp32 at least: the decision is made on the fp32 logit.
+    def eos_logits(self, states: Tensor) -> Tensor:
+        """Return the EOS logits (...) of states (..., d), in fp32 at least; EOS is decided on them in fp32.
+
+        Source: METHOD section 3.
+        """
         wide = torch.promote_types(states.dtype, torch.float32)
         with torch.autocast(states.device.type, enabled=False):
             logits = F.linear(states.to(wide), self.eos_head.weight.to(wide), self.eos_head.bias.to(wide))
-        return logits.squeeze(-1).float()
+        return logits.squeeze(-1)
 
     def eos_probability(self, states: Tensor) -> Tensor:
         """Return the probability (...) fp32 that a position with state (..., d) is EOS. Source: METHOD section 3."""
-        return self._eos_logits(states).sigmoid()
+        return self.eos_logits(states).float().sigmoid()
 
     def decode_padded(self, padded: Tensor, lengths: Tensor) -> Tensor:
         """Decode tokens (B, T, d), zeros behind each image's lengths (B,), to images (B, 3, S, S), not clamped.
@@ -228,10 +231,13 @@ class DOVE(nn.Module):
         key_mask = None
         if not self.config.decoder_attends_padding:
             key_mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        return self._pictures(self.token_decoder(padded, key_mask))
+        return self.pictures(self.token_decoder(padded, key_mask))
 
-    def _pictures(self, states: Tensor) -> Tensor:
-        """Turn the token decoder's states (B, T, d) into images (B, 3, S, S)."""
+    def pictures(self, states: Tensor) -> Tensor:
+        """Turn the token decoder's states (B, T, d) into images (B, 3, S, S), not clamped; differentiable.
+
+        Source: METHOD section 3.
+        """
         features = self.out_proj(states)
         grid = features.transpose(1, 2).unflatten(2, (self.config.grid_size, self.config.grid_size))
         if self.config.quantize == "nearest":
@@ -397,7 +403,7 @@ class DOVE(nn.Module):
                 tokens[rows].to(self.dtype),
                 attends_padding=self.config.decoder_attends_padding,
             )
-            images[rows] = self._pictures(states)
+            images[rows] = self.pictures(states)
         # On a GPU the one read, at the end.
         if nonfinite.device.type != "cpu":
             raise_if_nonfinite_tokens(nonfinite, tokens.cu_seqlens)

@@ -57,6 +57,7 @@ def oracle(model, tokens):
     return model.token_decoder(padded, mask)
 
 
+@torch.no_grad()
 def states(model, tokens):
     return model.generation.decode(model.token_decoder, tokens, attends_padding=model.config.decoder_attends_padding)
 

@@ -222,10 +222,10 @@ def test_dtypes(model, dtype):
 def test_autocast(model):
     """Tokens keep the model's dtype, and the head that decides EOS is not rounded."""
     states = torch.randn(2, NUM_TOKENS, 32, generator=torch.Generator().manual_seed(0))
-    expected = model._eos_logits(states)
+    expected = model.eos_logits(states)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pictures, tokens = model.reconstruct(sample_images(2))
-        assert torch.equal(model._eos_logits(states), expected)
+        assert torch.equal(model.eos_logits(states), expected)
     assert tokens.values.dtype == torch.float32 and pictures.dtype == torch.float32
 
 
