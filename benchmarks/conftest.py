@@ -93,11 +93,15 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
+    """Return the processor's name, and its numbers, which tell its generation where the name does not."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
+            first = file.read().partition("\n\n")[0]
+    except OSError:
         return platform.processor()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model") if name in fields)
+    return f"{fields['model name']} ({numbers})" if "model name" in fields else platform.processor()
 
 
 def _device_name(device: torch.device) -> str:

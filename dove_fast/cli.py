@@ -254,6 +254,9 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             on_progress=on_progress,
         )
+    if report.images == 0:
+        print(f"{arguments.output}: all {len(store)} pictures were there already, nothing was computed")
+        return EXIT_DONE
     print(
         f"{arguments.output}: {report.images} pictures from {report.tokens} tokens in {report.seconds:.1f} s, "
         f"{report.images / report.seconds:.1f} images/s"
@@ -281,8 +284,11 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
 def _info(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from dove_fast.errors import StoreError
     from dove_fast.jobs.display import show_checkpoint, show_installation, show_store
-    from dove_fast.jobs.info import is_checkpoint, summarize_checkpoint, summarize_store
+    from dove_fast.jobs.info import is_checkpoint, is_store, summarize_checkpoint, summarize_store
+    from dove_fast.models.checkpoint import CONFIG_NAME
+    from dove_fast.store.layout import MANIFEST_NAME
 
     console = Console()
     if arguments.path is None:
@@ -291,6 +297,8 @@ def _info(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.exists():
         raise FileNotFoundError(f"no token store or checkpoint at {path}")
+    if not is_checkpoint(path) and not is_store(path):
+        raise StoreError(f"{path} is neither a token store ({MANIFEST_NAME}) nor a checkpoint ({CONFIG_NAME})")
     if is_checkpoint(path):
         show_checkpoint(summarize_checkpoint(path), str(path), console)
     else:

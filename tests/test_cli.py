@@ -156,12 +156,10 @@ def test_exit_2_for_other_settings_and_other_checkpoints(tmp_path, photos, dove_
     refused(dove_fast("tokenize", photos, tmp_path / "s", "--max-length", 3), "max_length: None, now 3")
     other = tmp_path / "other"
     micro_model(seed=1).save_pretrained(other)
-    refused(
-        dove_fast("tokenize", photos, tmp_path / "s", "--checkpoint", other), "made with other settings (fingerprint"
-    )
+    refused(dove_fast("tokenize", photos, tmp_path / "s", "--checkpoint", other), "made with another checkpoint")
     refused(dove_fast("reconstruct", tmp_path / "s", tmp_path / "p", "--checkpoint", other), "with another checkpoint")
     refused(dove_fast("reconstruct", photos, tmp_path / "p"), "is not a token store")
-    refused(dove_fast("info", photos), "is not a token store")
+    refused(dove_fast("info", photos), "is neither a token store (manifest.json) nor a checkpoint (config.json)")
     refused(dove_fast("info", tmp_path / "nowhere"), "no token store or checkpoint at")
 
 

@@ -23,6 +23,9 @@ __all__ = ["Batch", "Block", "Finished", "LengthRule", "Waiting", "WorkCounters"
 # Rows that wait are admitted when this share of the places is free: a prefill of one row does not fill a device.
 ADMIT_SHARE = 0.25
 
+# Prefixes of more rows are not recorded: they fill a device, and a recording keeps a copy of its inputs.
+RECORDED_PREFIXES = 8
+
 
 @dataclass(frozen=True)
 class LengthRule:
@@ -200,7 +203,7 @@ class Batch:
             return embeddings
 
         table = self._upload(by_row(slots, prefix_lengths))
-        if self._graphs is None or len(set(prefix_lengths)) > 1:
+        if self._graphs is None or rows > RECORDED_PREFIXES or len(set(prefix_lengths)) > 1:
             fill(embeddings, table)
         else:
             self._graphs(("prefix", rows, longest), fill, embeddings, table)

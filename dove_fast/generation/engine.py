@@ -55,8 +55,8 @@ class Generation:
     `histogram`: the lengths to expect, learned while running where `learning`; replace it by
     `LengthHistogram(T, lengths)` where they are known. `cost`: what a block costs; None takes the device type's
     default, `DOVE.measure_cost()` fits one.
-    `cuda_graphs`: on a GPU, whether the encoder, the prefix and the blocks are recorded as CUDA graphs once a shape
-    came twice, and replayed. Values change by rounding alone: a block's rows are filled up to one of few counts.
+    `cuda_graphs`: on a GPU, whether the encoder, prefixes of few rows and the blocks are recorded as CUDA graphs once a
+    shape came twice, and replayed. Values change by rounding alone: a block's rows are filled up to one of few counts.
     Off by default: not measured yet. A `ValueError` elsewhere, and under autocast (cast the weights instead). They
     keep the memory of an encoder's chunk and of the largest block.
     Copies and pickles keep these four.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dove_fast.ops import registry
 
 __all__ = ["RECORDERS", "Graphs", "bucket", "spare_places"]
 
@@ -43,8 +46,13 @@ def _record_cuda(function: Function, given: tuple[Tensor, ...], pool: Any) -> Re
     """Record `function(*given)`, and return what runs it again on what those tensors hold then."""
     device = given[0].device
     graph = torch.cuda.CUDAGraph()
-    # Other threads may allocate meanwhile. The stream is on the tensors' device, whichever is current.
+    # The stream is on the tensors' device, whichever is current. What this thread uses for the first time, such as
+    # cuBLAS' and cuDNN's handles, is made before the recording, in which it could not be.
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        function(*given)
+    # Other threads may allocate meanwhile.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = function(*given)
 
@@ -66,7 +74,9 @@ class Graphs:
 
     A key says what decides which kernels run beside the tensors' shapes, dtypes and strides, and beside torch's
     switches for precision: options. What a function reads and writes beside its tensors has to stay where it is.
-    The first call with a key runs as it is, which compiles kernels and warms the libraries up; the second is recorded.
+    The first call with a key runs as it is, which compiles kernels; the second is recorded. Where that fails, as when
+    another thread waits for the device meanwhile, there is a warning, the call runs as it is, and the next one tries
+    again. A function may run several times: it has to write the same each time.
     `most` are kept, those that were used last; they share their memory. `recorded`, `replayed` count.
     """
 
@@ -85,7 +95,11 @@ class Graphs:
             return function(*given)
         kept = self._kept[key]
         if kept is None:
-            kept = self._record(function, given)
+            try:
+                kept = self._record(function, given)
+            except RuntimeError as error:
+                warnings.warn(f"a CUDA graph was not recorded, the work runs without it: {error}", stacklevel=2)
+                return function(*given)
         self._keep(key, kept)
         inside, replay = kept
         for mine, tensor in zip(inside, given, strict=True):
@@ -112,10 +126,17 @@ class Graphs:
 
 
 def _switches() -> tuple[Hashable, ...]:
-    """What of torch's settings decides which kernels run."""
+    """What of torch's settings and ours decides which kernels run."""
+    backends = torch.backends
+    matmul = backends.cuda.matmul
     return (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
+        registry.default_backend(),
+        matmul.fp32_precision,
+        backends.cudnn.fp32_precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        backends.cudnn.enabled,
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -101,6 +101,7 @@ class TokenStream:
         self._waiting: deque[Waiting] = deque()
         self._read = 0
         self._encoded = 0
+        self._exhausted = False
         self._next: _Read | None = None
         self._copies: torch.cuda.Stream | None = None
         self._begun_under: tuple[object, ...] | None = None
@@ -164,12 +165,16 @@ class TokenStream:
 
     def _read_batch(self) -> _Read | None:
         """Read and check the next images, and send them on their way; None behind the last."""
+        # An iterator that has ended is not asked again.
+        if self._exhausted:
+            return None
         images: list[Tensor] = []
         query_ids: list[Tensor] = []
         for item in itertools.islice(self._source, self._batch_size):
             image, query = item if isinstance(item, tuple) else (item, None)
             query_ids.append(self._checked(self._read + len(images), image, query))
             images.append(image)
+        self._exhausted = len(images) < self._batch_size
         if not images:
             return None
         together = torch.stack(images)

@@ -15,6 +15,7 @@ from dove_fast.config import DOVEConfig
 from dove_fast.errors import CheckpointError
 from dove_fast.models.checkpoint import CONFIG_NAME, read_config, weight_files
 from dove_fast.ops import registry
+from dove_fast.store.layout import MANIFEST_NAME
 from dove_fast.store.reader import TokenStore
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "StoreSummary",
     "describe_default_backend",
     "is_checkpoint",
+    "is_store",
     "length_histogram",
     "summarize_checkpoint",
     "summarize_store",
@@ -88,6 +90,11 @@ class CheckpointSummary:
 def is_checkpoint(directory: Path) -> bool:
     """Tell whether a directory looks like a checkpoint."""
     return (directory / CONFIG_NAME).is_file()
+
+
+def is_store(directory: Path) -> bool:
+    """Tell whether a directory looks like a token store."""
+    return (directory / MANIFEST_NAME).is_file()
 
 
 def summarize_checkpoint(directory: str | os.PathLike[str]) -> CheckpointSummary:

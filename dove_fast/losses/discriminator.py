@@ -5,6 +5,7 @@ Shape suffixes: B images of H x W pixels.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,5 +51,9 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, made: Tensor) -> Tensor:
-    """Return the discriminator's loss (): its scores of real patches are to be above 1, of made ones below -1."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
+    """Return the discriminator's loss (): its scores of real patches are to be above 1, of made ones below -1.
+
+    In fp32 at least.
+    """
+    wide = torch.promote_types(real.dtype, torch.float32)
+    return 0.5 * (F.relu(1 - real.to(wide)).mean() + F.relu(1 + made.to(wide)).mean())

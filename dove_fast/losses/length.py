@@ -28,13 +28,16 @@ def eos_loss(eos_logits: Tensor, lengths: Tensor, errors: Tensor, threshold: flo
     m = T, and for an error that is NaN). 0 for all where the threshold is None, before there was a step. Computed from
     the logits, as softplus: finite for every finite logit, however close to 0 or 1 the probability is.
 
-    Raises `TypeError` for wrong dtypes, `ValueError` for wrong shapes, and on a CPU for lengths outside 1 to T.
+    Raises `TypeError` for wrong dtypes, `ValueError` for wrong shapes or devices, and on a CPU for lengths outside 1
+    to T.
     Source: METHOD section 4.
     """
     _check(eos_logits, lengths, errors)
     logits = eos_logits.to(torch.promote_types(eos_logits.dtype, torch.float32))
+    # With a graph, as data parallelism waits for the gradient of every parameter in every step.
+    zero = torch.where(torch.zeros_like(logits, dtype=torch.bool), logits, 0.0).sum(dim=1)
     if threshold is None:
-        return logits.new_zeros(len(logits))
+        return zero
     last = lengths.long() - 1
     steps = torch.arange(logits.shape[1], device=logits.device)
     # -log p = softplus(-logit), -log(1 - p) = softplus(logit). Masked before and not behind: 0 times NaN is NaN.
@@ -44,8 +47,7 @@ def eos_loss(eos_logits: Tensor, lengths: Tensor, errors: Tensor, threshold: flo
     more = -F.logsigmoid(-logits.gather(1, last[:, None]).squeeze(1))
     errors = errors.detach().to(logits.dtype)
     is_full = last == logits.shape[1] - 1
-    zero = torch.zeros_like(more)
-    return torch.where(errors < threshold, fewer, torch.where(is_full | errors.isnan(), zero, more))
+    return zero + torch.where(errors < threshold, fewer, torch.where(is_full | errors.isnan(), 0.0, more))
 
 
 def _check(eos_logits: Tensor, lengths: Tensor, errors: Tensor) -> None:
@@ -59,6 +61,8 @@ def _check(eos_logits: Tensor, lengths: Tensor, errors: Tensor) -> None:
     if eos_logits.dim() != 2 or eos_logits.shape[1] < 1:
         raise ValueError(f"eos_logits must have shape (B, T), got {tuple(eos_logits.shape)}")
     for name, tensor in (("lengths", lengths), ("errors", errors)):
+        if tensor.device != eos_logits.device:
+            raise ValueError(f"{name} must be on {eos_logits.device} like eos_logits, got {tensor.device}")
         if tensor.shape != eos_logits.shape[:1]:
             raise ValueError(f"{name} must have shape ({len(eos_logits)},), got {tuple(tensor.shape)}")
     if lengths.device.type == "cpu" and lengths.numel():

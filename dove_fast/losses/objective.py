@@ -28,7 +28,8 @@ class LossTerms:
 
     total: () what is minimised. mse, perceptual, adversarial, eos: () means over the images, not weighed; inside their
     regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. eos_weight: lambda.
-    errors: (B,) each image's mean squared error inside its region: what the threshold learns from.
+    errors: (B,) each image's mean squared error inside its region, what the threshold learns from; NaN for a region
+    without a pixel.
     """
 
     total: Tensor
@@ -47,8 +48,9 @@ class QDOVELoss(nn.Module):
     config: the weights. perceptual: a module of images (B, 3, H, W), reconstructions -> distances (B, 1, H, W), such as
     `LPIPS`; needed where `config.perceptual_weight` is not 0. discriminator: images -> scores, such as
     `PatchDiscriminator`; needed where `config.adversarial_weight` is not 0. Neither is a parameter of the loss.
-    `threshold` is tau, part of the state: call `threshold.update` once a step, behind the optimiser's, with the mean of
-    `LossTerms.errors` over all ranks. Source: METHOD section 4.
+    `threshold` is tau, part of the state: call `threshold.update` once a step, behind the optimiser's, with
+    `training.mean_over_ranks(LossTerms.errors)`. The discriminator gets no gradient from `LossTerms.total`.
+    Source: METHOD section 4.
     """
 
     def __init__(
@@ -103,14 +105,18 @@ class QDOVELoss(nn.Module):
         if config.adversarial_weight and step >= config.adversarial_start:
             assert discriminator is not None
             # Of the whole image, whatever the region.
-            fooled = -discriminator(reconstruction).to(mse.dtype).mean()
+            fooled = -_judge(discriminator, reconstruction).to(mse.dtype).mean()
             weighed = config.adversarial_weight * fooled
             if config.adaptive_adversarial:
                 weighed = _adaptive(total, fooled, last_layer) * weighed
             total = total + weighed
         total = total + config.irrelevant_weight * irrelevant.mean()
         eos_weight = config.eos_weight(step)
-        eos = zero if forced else eos_loss(eos_logits, lengths, mse, self.threshold.value).mean()
+        errors = mse.detach()
+        if mask is not None:
+            # A region that lost all its pixels is no perfect image: it asks for nothing and teaches tau nothing.
+            errors = errors.masked_fill(~mask.flatten(1).any(dim=1), float("nan"))
+        eos = eos_loss(eos_logits, lengths, errors, None if forced else self.threshold.value).mean()
         total = total + eos_weight * eos
         return LossTerms(
             total=total,
@@ -120,7 +126,7 @@ class QDOVELoss(nn.Module):
             irrelevant=irrelevant.mean().detach(),
             eos=eos.detach(),
             eos_weight=eos_weight,
-            errors=mse.detach(),
+            errors=errors,
         )
 
     def discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -160,6 +166,13 @@ class DOVELoss(QDOVELoss):
         return super().forward(
             images, reconstruction, eos_logits, lengths, step=step, forced=forced, last_layer=last_layer
         )
+
+
+def _judge(discriminator: nn.Module, images: Tensor) -> Tensor:
+    """Return the discriminator's scores, whose gradient goes to the images and not to its parameters."""
+    fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    scores: Tensor = torch.func.functional_call(discriminator, fixed, (images,))
+    return scores
 
 
 def _adaptive(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor | None) -> Tensor:

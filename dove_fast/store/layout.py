@@ -143,7 +143,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     and for the format of a later version.
     """
     if not directory.exists():
-        raise FileNotFoundError(f"no token store at {directory}")
+        raise FileNotFoundError(f"no token store at {directory.absolute()}")
     path = directory / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -76,6 +76,11 @@ class StoreWriter:
                     f"{self.directory} was made from other inputs ({old['inputs']}, now {new['inputs']}); "
                     "choose another output"
                 )
+            if all(item.startswith("fingerprint") for item in differences):
+                raise StoreError(
+                    f"{self.directory} was made with another checkpoint (fingerprint {old['fingerprint'][:15]}.., now "
+                    f"{new['fingerprint'][:15]}..); choose another output, or the checkpoint that it was made with"
+                )
             more = len(differences) - MAX_SETTINGS_NAMED
             shown = "; ".join(differences[:MAX_SETTINGS_NAMED]) + (f"; and {more} more" if more > 0 else "")
             raise StoreError(f"{self.directory} was made with other settings ({shown}); choose another output")

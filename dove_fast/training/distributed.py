@@ -10,12 +10,13 @@ __all__ = ["mean_over_ranks"]
 
 
 def mean_over_ranks(values: Tensor) -> float:
-    """Return the mean of all ranks' values (n,), however many each has; of these alone where there is one process.
+    """Return the mean of all ranks' values (n,) that are not NaN, however many each has, or of this process's alone.
 
-    For `RunningThreshold.update`, whose threshold has to be the same on all ranks: every rank calls it, once a step. NaN
-    where there are no values at all. Source: METHOD section 4.
+    For `RunningThreshold.update`, whose threshold has to be the same on all ranks: every rank calls it, once a step.
+    NaN where there are no values at all. Source: METHOD section 4.
     """
-    both = torch.stack([values.detach().double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
+    wide = values.detach().double()
+    both = torch.stack([wide.nansum(), (~wide.isnan()).sum().double()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(both)
     total, count = both.tolist()

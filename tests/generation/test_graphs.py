@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
-from small_models import NUM_TOKENS, micro_model, sample_images
+from small_models import NUM_TOKENS, micro_config, micro_model, sample_images
 from tolerances import assert_close
 
+from dove_fast import DOVE
 from dove_fast.generation import CostModel, LengthHistogram, TokenStream
 from dove_fast.generation.batch import Batch
 from dove_fast.generation.graphs import RECORDERS, Graphs, bucket, spare_places
@@ -139,14 +140,37 @@ def test_what_a_recording_reads_is_part_of_its_key(recording, model):
     assert graphs_of(model) is not before
 
 
-def test_switches_of_torch_are_part_of_a_key(recording):
+def test_switches_are_part_of_a_key(recording, monkeypatch):
     graphs = Graphs()
-    for precision in ("highest", "high", "highest"):
-        torch.set_float32_matmul_precision(precision)
+    for deterministic in (True, False, True):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
         graphs("a", lambda x: x + 1, torch.ones(2))
-    assert graphs.recorded == 1
+    assert (graphs.recorded, graphs.replayed) == (1, 1)
+    monkeypatch.setenv("DOVE_FAST_BACKEND", "reference")
+    graphs("a", lambda x: x + 1, torch.ones(2))
+    monkeypatch.delenv("DOVE_FAST_BACKEND")
     graphs("a", lambda x: x + 1, torch.ones(3))
-    assert graphs.recorded == 1
+    assert (graphs.recorded, graphs.replayed) == (1, 1)
+    graphs("a", lambda x: x + 1, torch.ones(2))
+    assert (graphs.recorded, graphs.replayed) == (1, 2)
+
+
+def test_work_that_cannot_be_recorded_runs_without(monkeypatch):
+    broken = True
+
+    def record(function, given, pool):
+        if broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record_on_the_cpu(function, given, pool)
+
+    monkeypatch.setitem(RECORDERS, "cpu", (record, lambda: "pool"))
+    graphs, one = Graphs(), torch.ones(2)
+    graphs("a", lambda x: x + 1, one)
+    with pytest.warns(UserWarning, match="a CUDA graph was not recorded, the work runs without it: operation not"):
+        assert torch.equal(graphs("a", lambda x: x + 1, one), one + 1)
+    broken = False
+    assert torch.equal(graphs("a", lambda x: x + 1, one), one + 1)
+    assert (graphs.recorded, graphs.replayed) == (1, 1)
 
 
 def test_buckets():
@@ -225,7 +249,7 @@ def test_a_block_is_launched_ahead_where_few_rows_end():
 @pytest.fixture
 def full_precision():
     """Without TF32, which torch allows in convolutions by default and which keeps three digits."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
@@ -248,6 +272,22 @@ def test_cuda_graphs(full_precision, options, read):
     for _ in range(3):
         assert_is_the_oracle(model, images, **options)
         assert torch.equal(model.tokenize(images, **options).values, first.values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_of_the_kernels(full_precision, dtype):
+    """fp64 goes to the references; these are the kernels, of a model that is not sharp."""
+    torch.manual_seed(0)
+    model = DOVE(micro_config()).eval().to("cuda", dtype)
+    plain = copy.deepcopy(model)
+    model.generation.cuda_graphs = True
+    for seed in range(5):
+        images = sample_images(11, seed).to("cuda", dtype)
+        expected = plain.tokenize(images, length=NUM_TOKENS)
+        for block_size in (None, 4):
+            assert_close(model.tokenize(images, length=NUM_TOKENS, block_size=block_size).values, expected.values)
+    assert graphs_of(model).replayed > 0
 
 
 @pytest.mark.gpu

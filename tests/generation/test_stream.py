@@ -94,6 +94,25 @@ def test_reads_the_next_images_while_these_are_encoded(exact_model, monkeypatch,
         list(TokenStream(exact_model, [*images, images[0] * float("nan")], batch_size=4))
 
 
+def test_a_source_that_has_ended_is_not_asked_again(exact_model):
+    class Source:
+        def __init__(self):
+            self.images = list(sample_images(5).double())
+            self.ended = False
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            assert not self.ended
+            if not self.images:
+                self.ended = True
+                raise StopIteration
+            return self.images.pop()
+
+    assert len(list(TokenStream(exact_model, Source(), batch_size=4, places=2))) == 5
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_how_far_it_reads_before_the_first_block(exact_model, monkeypatch, ahead):
     monkeypatch.setattr(stream_module, "READS_AHEAD", {"cpu"} if ahead else set())

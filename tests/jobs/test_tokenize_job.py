@@ -119,7 +119,7 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path, photos, loaded):
     with pytest.raises(StoreError, match=r"made with other settings \(shard_size: 4, now 1024\)"):
         tokenize(photos, tmp_path / "s", loaded)
     other = LoadedModel(loaded.model, "sha256:other", trained=True)
-    with pytest.raises(StoreError, match=r"fingerprint: .*, now 'sha256:other'"):
+    with pytest.raises(StoreError, match=r"another checkpoint \(fingerprint sha256:.*, now sha256:other"):
         tokenize(photos, tmp_path / "s", other, OPTIONS)
     Image.new("RGB", (5, 5)).save(photos / "new.png")
     with pytest.raises(StoreError, match=r"was made from other inputs \(10, now 11\); choose another output"):

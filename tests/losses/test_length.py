@@ -88,6 +88,15 @@ def test_an_error_that_is_nan_asks_for_nothing():
     assert loss[0] == 0 and loss[1] > 0
 
 
+def test_no_loss_has_a_graph_all_the_same():
+    """Data parallelism waits for every parameter's gradient in every step, the first one too."""
+    logits = torch.tensor([[1.0, float("nan")], [2.0, float("inf")]], requires_grad=True)
+    loss = eos_loss(logits, torch.tensor([1, 1]), torch.zeros(2), None)
+    assert loss.tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.tolist() == [[0, 0], [0, 0]]
+
+
 def test_errors_are_constants():
     errors = torch.tensor([0.5], requires_grad=True)
     loss = eos_loss(torch.randn(1, 5, requires_grad=True), torch.tensor([3]), errors, 1.0)
@@ -104,6 +113,7 @@ def test_refusals():
         ((logits[0], lengths, errors), ValueError, r"eos_logits must have shape \(B, T\), got \(5,\)"),
         ((logits, lengths[:1], errors), ValueError, r"lengths must have shape \(2,\), got \(1,\)"),
         ((logits, lengths, errors[:1]), ValueError, r"errors must have shape \(2,\), got \(1,\)"),
+        ((logits, lengths.to("meta"), errors), ValueError, "lengths must be on cpu like eos_logits, got meta"),
         ((logits, torch.tensor([0, 5]), errors), ValueError, "lengths must be from 1 to 5, got 0 to 5"),
         ((logits, torch.tensor([1, 6]), errors), ValueError, "lengths must be from 1 to 5, got 1 to 6"),
     ):

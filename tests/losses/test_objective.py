@@ -90,7 +90,8 @@ def test_is_the_method(batch, mask, step, with_mask):
 
 def test_dove_is_q_dove_of_whole_images(batch, mask):
     (dove, _), (q_dove, _) = make(DOVELoss), make()
-    assert torch.equal(dove(**batch, step=9).total, q_dove(**batch, step=9).total)
+    everything = torch.ones_like(mask)
+    assert_close(dove(**batch, step=9).total.detach(), q_dove(**batch, step=9, mask=everything).total.detach())
     with pytest.raises(ValueError, match="DOVELoss has no regions, got a mask"):
         dove(**batch, step=9, mask=mask)
 
@@ -105,8 +106,24 @@ def test_forced_lengths_teach_eos_nothing(batch):
     loss, _ = make()
     terms = loss(**batch, step=9, forced=True)
     assert terms.eos == 0
-    (gradient,) = torch.autograd.grad(terms.total, batch["eos_logits"], allow_unused=True)
-    assert gradient is None or not gradient.any()
+    (gradient,) = torch.autograd.grad(terms.total, batch["eos_logits"])
+    assert not gradient.any()
+
+
+def test_a_region_without_a_pixel_asks_for_nothing(batch, mask):
+    loss, _ = make()
+    mask[1] = False
+    terms = loss(**batch, step=9, mask=mask)
+    assert terms.errors.isnan().tolist() == [False, True, False, False]
+    (gradient,) = torch.autograd.grad(terms.total, batch["eos_logits"])
+    assert gradient.isfinite().all() and not gradient[1].any() and gradient.any()
+
+
+def test_the_discriminator_gets_no_gradient_from_the_total(batch):
+    loss, discriminator = make()
+    loss(**batch, step=9).total.backward()
+    assert batch["reconstruction"].grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 
 def test_adaptive_weight(batch):

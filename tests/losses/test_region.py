@@ -50,7 +50,8 @@ def test_the_other_side_does_not_count():
     inside, outside = region_mse(x, holed, mask)
     assert torch.equal(inside, expected) and outside.isnan().all()
     (gradient,) = torch.autograd.grad(inside.sum(), holed)
-    assert gradient[mask.expand_as(gradient)].isfinite().all()
+    counts = mask.expand_as(gradient)
+    assert gradient.isfinite().all() and gradient[counts].any() and not gradient[~counts].any()
 
 
 def test_gradients():
@@ -77,5 +78,10 @@ def test_refusals():
         region_mse(x, x, torch.ones(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 1, 4, 4\), got \(2, 4, 4\)"):
         region_mse(x, x, torch.ones(2, 4, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        region_mse(x, x, [True])
+    for images, mask in ((x.to("meta"), None), (x, torch.ones(2, 1, 4, 4, dtype=torch.bool, device="meta"))):
+        with pytest.raises(ValueError, match=r"on one device|must be on cpu like the images, got meta"):
+            region_mse(x, images, mask)
     with pytest.raises(ValueError, match=r"values must have shape \(B, 1, H, W\)"):
         region_mean(x)

@@ -50,4 +50,6 @@ def test_the_threshold_is_the_same_on_all_ranks(tmp_path):
 
 def test_one_process():
     assert mean_over_ranks(torch.tensor([1.0, 2.0, 6.0], dtype=torch.bfloat16)) == 3.0
+    assert mean_over_ranks(torch.tensor([1.0, float("nan"), 3.0])) == 2.0
     assert math.isnan(mean_over_ranks(torch.zeros(0)))
+    assert math.isinf(mean_over_ranks(torch.tensor([1.0, float("inf")])))
