@@ -265,15 +265,12 @@ class Batch:
 
     def collect(self, block: Block) -> list[Finished]:
         """Wait for a block, and return its rows that ended, whose places are free from now on."""
-        lengths = block.lengths(self.rule.most)
-        finished = [
-            Finished(row.key, row.slot, length)
-            for row, length in zip(block.rows, lengths, strict=True)
+        finished = []
+        for row, length in zip(block.rows, block.lengths(self.rule.most), strict=True):
             # A block that was launched ahead computed rows that had ended.
-            if length and not row.ended
-        ]
-        for row, length in zip(block.rows, lengths, strict=True):
-            row.ended = row.ended or length > 0
+            if length and not row.ended:
+                row.ended = True
+                finished.append(Finished(row.key, row.slot, length))
         self._rows = [row for row in self._rows if not row.ended]
         self._free.extend(row.slot for row in finished)
         return finished
