@@ -10,7 +10,7 @@ __all__ = ["LossConfig"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What each term of the losses weighs, and when. The paper gives no values but `irrelevant_weight`.
+    """What each term of the losses weighs, and when. The paper gives the last two values alone.
 
     Raises `TypeError` or `ValueError` that names the field. Source: METHOD section 4.
     """
