@@ -1,19 +1,31 @@
-"""Images in: listing the inputs, decoding them to RGB, the named transform, and loading ahead in threads."""
+"""Images in: listing and decoding them, the named transform, loading ahead in threads, and data sets to train on."""
 
 from dove_fast.data.decode import BACKGROUND, DecodedImage, DecodeError, decode_image
+from dove_fast.data.folder import ImageFolder
 from dove_fast.data.listing import ImageInput, list_inputs
 from dove_fast.data.load import Loaded, SetAside, load_image
+from dove_fast.data.open_images import OpenImages
 from dove_fast.data.prefetch import prefetch
+from dove_fast.data.samples import Picture, Sample, Samples
 from dove_fast.data.transform import ShortSideCenterCrop
+from dove_fast.data.visual_genome import VisualGenome
+from dove_fast.data.webdataset import WebDataset
 
 __all__ = [
     "BACKGROUND",
     "DecodeError",
     "DecodedImage",
+    "ImageFolder",
     "ImageInput",
     "Loaded",
+    "OpenImages",
+    "Picture",
+    "Sample",
+    "Samples",
     "SetAside",
     "ShortSideCenterCrop",
+    "VisualGenome",
+    "WebDataset",
     "decode_image",
     "list_inputs",
     "load_image",

@@ -1,11 +1,14 @@
-"""Decoding an image file to 8-bit RGB, as people see it in a viewer."""
+"""Decoding an image, a file or its bytes, to 8-bit RGB, as people see it in a viewer."""
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +18,7 @@ from dove_fast.errors import DoveError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["BACKGROUND", "DecodeError", "DecodedImage", "decode_image"]
+__all__ = ["BACKGROUND", "DecodeError", "DecodedImage", "decode_image", "upright_size"]
 
 # Transparent pixels are shown on white, as most viewers and browsers do.
 BACKGROUND = (255, 255, 255)
@@ -39,26 +42,53 @@ class DecodedImage:
     height: int
 
 
-def decode_image(path: str | os.PathLike[str]) -> DecodedImage:
-    """Decode an image file's first frame to RGB, 8 bits a channel.
+def decode_image(source: str | os.PathLike[str] | bytes) -> DecodedImage:
+    """Decode an image's first frame to RGB, 8 bits a channel.
 
-    EXIF's orientation is applied (width and height are those of the upright image); grey, palette and CMYK become
-    RGB; transparent pixels are composited over `BACKGROUND`; 16 bits are scaled to 8, not clipped. Colour profiles
-    are not applied. Pillow's limits on size hold as the process has set them, and no state of Pillow is changed.
+    `source` is the path of an image file or, as bytes, the content of one. EXIF's orientation is applied (width and
+    height are those of the upright image); grey, palette and CMYK become RGB; transparent pixels are composited over
+    `BACKGROUND`; 16 bits are scaled to 8, not clipped. Colour profiles are not applied. Pillow's limits on size hold
+    as the process has set them, and no state of Pillow is changed.
 
     Raises `DecodeError` with the reason: no such file, truncated, corrupt, no image, too many pixels, samples
     without a defined range.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
+    with _one_reason():
         # Opening a pipe would wait for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             raise DecodeError("not a regular file")
-        with Image.open(path, formats=pillow_formats()) as image:
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(opened, formats=pillow_formats()) as image:
             image.load()
             upright = _upright(image, _orientation(image))
             return DecodedImage(_to_rgb(upright, image), upright.width, upright.height)
+
+
+def upright_size(file: IO[bytes]) -> tuple[int, int]:
+    """Return the width and height that `decode_image` would give, from the picture's header where the format allows.
+
+    `file` is an open image file, read from where it stands; its position afterwards is undefined. TIFF, and PNG
+    without an orientation before its pixels, are decoded. Raises `DecodeError` with the reason as `decode_image` does;
+    a picture whose header is whole may still be damaged further on.
+    """
+    from PIL import Image
+
+    with _one_reason(), Image.open(file, formats=pillow_formats()) as image:
+        if image.format == "TIFF":
+            # Pillow turns a TIFF upright when it loads it, and forgets the orientation then.
+            image.load()
+        width, height = image.size
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+@contextmanager
+def _one_reason() -> Iterator[None]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
     except DecodeError:
         raise
     except FileNotFoundError:

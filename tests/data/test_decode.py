@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from dove_fast.data import DecodeError, ImageInput, SetAside, ShortSideCenterCrop, decode_image, load_image
+from dove_fast.data.decode import upright_size
 
 
 def rgb(path) -> np.ndarray:
@@ -210,6 +212,24 @@ def test_exif_orientation_is_applied(tmp_path, orientation, name):
     assert np.array_equal(rgb(path), UPRIGHT[orientation](pixels))
 
 
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "x.webp"])
+def test_the_upright_size_is_the_decoded_one(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.new("RGB", (7, 4)), name, exif=exif)
+    decoded = decode_image(path)
+    with open(path, "rb") as file:
+        assert upright_size(file) == (decoded.width, decoded.height)
+
+
+def test_the_upright_size_needs_no_more_than_the_header(tmp_path):
+    content = saved(tmp_path, Image.new("RGB", (300, 200)), "x.jpg").read_bytes()
+    assert upright_size(io.BytesIO(content[: len(content) // 2])) == (300, 200)
+    with pytest.raises(DecodeError, match="not an image in a known format, or damaged at its start"):
+        upright_size(io.BytesIO(content[:2]))
+
+
 def test_orientation_and_transparency_together(tmp_path):
     pixels = np.zeros((1, 2, 4), np.uint8)
     pixels[0, 0] = [10, 20, 30, 255]
@@ -252,6 +272,25 @@ def test_reasons(tmp_path):
     # A format that Pillow reads by starting another program.
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     assert reason(tmp_path / "script.jpg") == unknown
+
+
+def test_bytes_are_decoded_like_the_file_that_holds_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("x.jpg", "x.png", "x.tif", "x.webp"):
+        path = saved(tmp_path, noise(24).crop((0, 0, 24, 10)), name, exif=exif)
+        assert np.array_equal(rgb(path.read_bytes()), rgb(path)), name
+
+
+def test_bytes_have_the_files_reasons(tmp_path):
+    unknown = "not an image in a known format, or damaged at its start"
+    assert reason(b"") == unknown
+    # Not the name of a file.
+    path = saved(tmp_path, noise(), "x.png")
+    assert reason(os.fsencode(path)) == unknown
+    path.write_bytes(path.read_bytes()[:5000])
+    assert reason(path.read_bytes()) == reason(path)
+    assert reason(png(60000, 60000, 8, 2, bytes(1000))).startswith("too many pixels")
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):

@@ -1,0 +1,57 @@
+"""What training reads: pictures that are not decoded yet and, for Q-DOVE, the text and the boxes of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Box", "Picture", "Sample", "Samples"]
+
+# left, top, right, bottom; y grows downwards.
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture: a file, or `span` = (offset, size) in bytes of an archive that holds it uncompressed."""
+
+    key: str
+    path: str
+    span: tuple[int, int] | None = None
+
+    def encoded(self) -> str | bytes:
+        """Return what `decode_image` takes: the path, or the bytes. Raises `OSError` for an archive that is gone."""
+        if self.span is None:
+            return self.path
+        offset, size = self.span
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with the text that asks for a region of it: the union of `boxes`; no text asks for all of it.
+
+    `frame` is the width and height that the boxes are measured in: the size that their publisher saw the picture in,
+    or (1, 1) for fractions of it. The picture may come in another size.
+    """
+
+    picture: Picture
+    text: str = ""
+    boxes: tuple[Box, ...] = ()
+    frame: tuple[float, float] = (1.0, 1.0)
+
+
+class Samples(Protocol):
+    """A data set: so many samples, each made when it is asked for, with what was left out of it and why."""
+
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Return the sample at `index`, from 0."""
+        ...
