@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_guard  # noqa: F401  # before diffusers and transformers
 
 import dove_fast
 from dove_fast.generation.linear import PackedLinears

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 
 import pytest
@@ -20,29 +20,8 @@ if not torch.cuda.is_available():
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-
-def _define_torchvision_ops() -> None:
-    """Let a torchvision built for another torch be imported: transformers imports it wherever it is installed.
-
-    Such a build fails with `operator torchvision::nms does not exist`. Nothing here calls these operators, and
-    dove_fast itself works without torchvision.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define(
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        )
-        _KEEP_ALIVE.append(library)
-
-
-# A Library removes its definitions when it is collected.
-_KEEP_ALIVE: list[torch.library.Library] = []
-_define_torchvision_ops()
+# Before any test imports transformers, diffusers or lpips, and not earlier: torchvision imports triton.
+importlib.import_module("torchvision_guard")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -145,7 +145,7 @@ def test_exit_2_for_what_cannot_be_used(tmp_path, photos, dove_fast):
     refused(dove_fast("tokenize", photos, out, "--device", "cuda:99"), "device cuda:99 is not here")
     refused(dove_fast("tokenize", photos, out, "--queries", tmp_path / "q"), "no such queries file")
     (tmp_path / "q").write_text('{"key": "00.jpg", "text": "the cat"}')
-    refused(dove_fast("tokenize", photos, out, "--queries", tmp_path / "q"), "this version has no tokenizer for texts")
+    refused(dove_fast("tokenize", photos, out, "--queries", tmp_path / "q"), "is text, but this model has no tokenizer")
     (tmp_path / "q").write_text('{"key": "cat.jpg", "ids": [1]}')
     refused(dove_fast("tokenize", photos, out, "--queries", tmp_path / "q"), "not among the inputs: 'cat.jpg'")
     assert not out.exists()

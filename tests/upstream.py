@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision_guard  # noqa: F401 - before diffusers and transformers, which import torchvision
 from diffusers import VQModel
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXModel

@@ -195,7 +195,7 @@ class TokenStream:
                 expected, device = self._kind or kind
                 raise TypeError(f"all images must be {expected} on {device} like the first, got {kind[0]} on {kind[1]}")
             self._kind = kind
-            return check_queries([query], 1, self._model.config)[0]
+            return check_queries([query], 1, self._model.config, self._model.tokenizer)[0]
         except (TypeError, ValueError) as error:
             raise type(error)(f"image {index} of the stream: {error}") from None
 

@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dove_fast.config import DOVEConfig
 from dove_fast.models.inputs import check_queries
+from dove_fast.text import TOKENIZER_NAME, TextTokenizer
 
-__all__ = ["check_against", "hash_queries", "read_queries"]
+__all__ = ["check_against", "encode_texts", "hash_queries", "read_queries"]
 
 # How many keys an error message spells out.
 MAX_KEYS_NAMED = 5
@@ -22,14 +22,13 @@ MAX_KEYS_NAMED = 5
 Ids = tuple[int, ...]
 
 
-def read_queries(path: str | os.PathLike[str]) -> dict[str, Ids]:
+def read_queries(path: str | os.PathLike[str]) -> dict[str, Ids | str]:
     """Read `{"key": .., "ids": [..]}` or `{"key": .., "text": ".."}` a line; blank lines are skipped.
 
-    Returns token ids by key, empty for an empty text, which means no query.
-    Raises `FileNotFoundError` for no such file; `ValueError` that names the line for anything else that is wrong, a
-    text that is not empty included: this version has no tokenizer.
+    Returns token ids or a text by key; an empty text is no ids, which means no query.
+    Raises `FileNotFoundError` for no such file; `ValueError` that names the line for anything else that is wrong.
     """
-    queries: dict[str, Ids] = {}
+    queries: dict[str, Ids | str] = {}
     try:
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -39,14 +38,14 @@ def read_queries(path: str | os.PathLike[str]) -> dict[str, Ids]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        key, ids = _parse(line, f"{path} line {number}")
+        key, query = _parse(line, f"{path} line {number}")
         if key in queries:
             raise ValueError(f"{path} line {number}: key {key!r} comes more than once")
-        queries[key] = ids
+        queries[key] = query
     return queries
 
 
-def _parse(line: str, where: str) -> tuple[str, Ids]:
+def _parse(line: str, where: str) -> tuple[str, Ids | str]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -56,19 +55,36 @@ def _parse(line: str, where: str) -> tuple[str, Ids]:
     if ("text" in entry) == ("ids" in entry):
         raise ValueError(f'{where} must have either "text" or "ids"')
     if "text" in entry:
-        return entry["key"], _text_ids(entry["text"], where)
+        if not isinstance(entry["text"], str):
+            raise ValueError(f'{where}: "text" must be a string')
+        return entry["key"], entry["text"] or ()
     ids = entry["ids"]
     if not isinstance(ids, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
         raise ValueError(f'{where}: "ids" must be a list of integers')
     return entry["key"], tuple(ids)
 
 
-def _text_ids(text: Any, where: str) -> Ids:
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" must be a string')
-    if text:
-        raise ValueError(f'{where}: this version has no tokenizer for texts; give token ids instead, as "ids": [..]')
-    return ()
+def encode_texts(queries: Mapping[str, Ids | str], tokenizer: TextTokenizer | None) -> dict[str, Ids]:
+    """Return the queries with every text as the tokenizer's ids.
+
+    Raises `ValueError` that names the key where there is no tokenizer or it cannot encode the text, and what else
+    `TextTokenizer.encode` raises.
+    """
+    encoded: dict[str, Ids] = {}
+    for key, query in queries.items():
+        if not isinstance(query, str):
+            encoded[key] = query
+            continue
+        if tokenizer is None:
+            raise ValueError(
+                f"the query of {key!r} is text, but this model has no tokenizer; give token ids instead, as "
+                f'"ids": [..], or put a {TOKENIZER_NAME} into the checkpoint'
+            )
+        try:
+            encoded[key] = tuple(tokenizer.encode(query).tolist())
+        except ValueError as error:
+            raise ValueError(f"the query of {key!r} is no text for the model: {error}") from error
+    return encoded
 
 
 def check_against(queries: Mapping[str, Ids], keys: Iterable[str], config: DOVEConfig) -> None:

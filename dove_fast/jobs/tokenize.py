@@ -22,7 +22,7 @@ from dove_fast.data import ImageInput, Loaded, SetAside, ShortSideCenterCrop, li
 from dove_fast.generation import LengthHistogram, StreamItem, TokenStream
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.outcome import OnProgress, Progress, stopping
-from dove_fast.jobs.queries import Ids, check_against, hash_queries
+from dove_fast.jobs.queries import Ids, check_against, encode_texts, hash_queries
 from dove_fast.models.inputs import check_length_options
 from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import DTYPES, StoreSettings, hash_keys
@@ -82,33 +82,34 @@ def tokenize(
     loaded: LoadedModel,
     options: TokenizeOptions | None = None,
     *,
-    queries: Mapping[str, Ids] | None = None,
+    queries: Mapping[str, Ids | str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> TokenizeReport:
     """Tokenise the images that `source` stands for (see `list_inputs`) into a token store at `output`.
 
     A store that was begun with the same inputs and settings is finished: units that are done are not computed again.
-    Inputs that cannot be decoded are set aside with their reason. `queries` gives token ids by key.
+    Inputs that cannot be decoded are set aside with their reason. `queries` gives token ids by key, or texts,
+    which the model's tokenizer turns into ids before anything else.
 
     Raises, before anything is written, `FileNotFoundError`, `ValueError` and `TypeError` for what cannot be used and
     `StoreError` for an output that is something else; then `JobError` when the disk or the memory fails.
     Whenever it stops, also at KeyboardInterrupt or a kill, the same call goes on where it was.
     """
     options = options or TokenizeOptions()
-    queries = queries or {}
+    query_ids = encode_texts(queries or {}, loaded.model.tokenizer)
     config = loaded.model.config
     check_length_options(config, options.length, options.max_length, options.eos_threshold, None)
     inputs = list_inputs(source)
-    check_against(queries, (item.key for item in inputs), config)
+    check_against(query_ids, (item.key for item in inputs), config)
     transform = ShortSideCenterCrop(config.image_size)
-    settings = _settings(inputs, loaded, options, queries, transform)
+    settings = _settings(inputs, loaded, options, query_ids, transform)
     if options.shard_size * config.num_tokens >= 2**31:
         raise ValueError(f"shard_size must be below {2**31 // config.num_tokens} for this model")
     writer = StoreWriter(Path(output), settings, _environment(loaded))
 
     start = time.perf_counter()
     already_complete = writer.complete
-    work = _Work(loaded, options, queries, transform, inputs, writer, on_progress)
+    work = _Work(loaded, options, query_ids, transform, inputs, writer, on_progress)
     if not already_complete:
         with stopping(RESUME):
             work.run()

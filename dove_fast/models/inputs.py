@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dove_fast.config import DOVEConfig
+from dove_fast.text import TextTokenizer
 
 __all__ = [
     "Query",
@@ -107,11 +108,14 @@ def check_length_options(
             raise ValueError(f"eos_threshold must lie between 0 and 1, both excluded, got {eos_threshold}")
 
 
-def check_queries(queries: Sequence[Query] | None, batch: int, config: DOVEConfig) -> list[Tensor]:
+def check_queries(
+    queries: Sequence[Query] | None, batch: int, config: DOVEConfig, tokenizer: TextTokenizer | None = None
+) -> list[Tensor]:
     """Check queries and return B one-dimensional int64 CPU tensors of token ids, empty where there is no query.
 
-    An entry is None, "", or a 1-D integer tensor on any device. Ids on a GPU cost one read each.
-    Raises `TypeError` or `ValueError` that names the row.
+    An entry is None, "", a 1-D integer tensor on any device, or text for the tokenizer. Ids on a GPU cost one read
+    each. Raises `TypeError` or `ValueError` that names the row; for text also what `TextTokenizer.encode` raises
+    without its library, or for a file that this cannot read.
     """
     none = torch.empty(0, dtype=torch.int64)
     if queries is None:
@@ -120,14 +124,12 @@ def check_queries(queries: Sequence[Query] | None, batch: int, config: DOVEConfi
         raise TypeError(f"queries must be None or a list with one entry an image, got {type(queries).__name__}")
     if len(queries) != batch:
         raise ValueError(f"queries must have one entry an image: {batch} images, got {len(queries)} queries")
-    return [_check_query(row, query, config) if query is not None else none for row, query in enumerate(queries)]
+    return [none if query is None else _check_query(row, query, config, tokenizer) for row, query in enumerate(queries)]
 
 
-def _check_query(row: int, query: Query, config: DOVEConfig) -> Tensor:
+def _check_query(row: int, query: Tensor | str, config: DOVEConfig, tokenizer: TextTokenizer | None) -> Tensor:
     if isinstance(query, str):
-        if query:
-            raise ValueError(f"queries[{row}] is text, but this model has no tokenizer; pass a 1-D tensor of token ids")
-        return torch.empty(0, dtype=torch.int64)
+        query = _encode(row, query, tokenizer)
     if not isinstance(query, Tensor):
         raise TypeError(f"queries[{row}] must be None, text or a 1-D tensor of token ids, got {type(query).__name__}")
     if query.is_floating_point() or query.is_complex() or query.dtype == torch.bool:
@@ -149,3 +151,17 @@ def _check_query(row: int, query: Query, config: DOVEConfig) -> Tensor:
             f"for the generator's {config.generator.max_position_embeddings} positions, got {ids.numel()}"
         )
     return ids
+
+
+def _encode(row: int, text: str, tokenizer: TextTokenizer | None) -> Tensor:
+    if not text:
+        return torch.empty(0, dtype=torch.int64)
+    if tokenizer is None:
+        raise ValueError(
+            f"queries[{row}] is text, but this model has no tokenizer; pass a 1-D tensor of token ids, or set "
+            "model.tokenizer = dove_fast.text.TextTokenizer('tokenizer.json')"
+        )
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise ValueError(f"queries[{row}]: {error}") from error

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import micro_model, sample_images
+from small_tokenizer import write_tokenizer
 from upstream import SMALL_VQ, TAMING_VQ, make_neox, make_vq, save
 
 from dove_fast import DOVE, CheckpointError
+from dove_fast.text import TextTokenizer
 
 NEOX = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 40}
 
@@ -321,6 +323,47 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert_same_model(DOVE.from_pretrained(tmp_path), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_tokenizer_travels_with_the_model(tmp_path):
+    model = micro_model()
+    model.tokenizer = TextTokenizer(write_tokenizer(tmp_path / "words.json"))
+    model.save_pretrained(tmp_path / "a")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    loaded = DOVE.from_pretrained(tmp_path / "a")
+    assert loaded.tokenizer.encode("red cat").tolist() == [3, 4]
+    assert_same_model(loaded, model)
+    loaded.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
+    # What is saved is what is loaded, also over another model's files.
+    micro_model().save_pretrained(tmp_path / "b")
+    assert DOVE.from_pretrained(tmp_path / "b").tokenizer is None
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+    micro_model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model":')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not valid JSON"):
+        DOVE.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_is_parsed_at_the_first_text(tmp_path):
+    micro_model().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer.json")
+    code = (
+        "import sys, torch, dove_fast\n"
+        f"model = dove_fast.DOVE.from_pretrained({str(tmp_path)!r})\n"
+        "image = torch.rand(1, 3, 16, 16)\n"
+        "for query in (None, '', torch.tensor([1]), 'cat'):\n"
+        "    model.tokenize(image, [query])\n"
+        "    print('tokenizers' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False", "False", "True"]
 
 
 def test_loading_imports_no_other_library(components):

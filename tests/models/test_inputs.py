@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from small_models import IMAGE_SIZE, micro_model, sample_images
+from small_tokenizer import write_tokenizer
 
 from dove_fast import DOVE, RaggedTokens
+from dove_fast.generation import TokenStream
+from dove_fast.text import TextTokenizer
+from dove_fast.training import training_forward
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,48 @@ def test_queries(model, queries, error, message):
     with pytest.raises(error) as caught:
         model.tokenize(sample_images(2), queries)
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A model with a tokenizer, one of whose words is beyond its vocabulary."""
+    model = micro_model()
+    model.tokenizer = TextTokenizer(write_tokenizer(tmp_path / "tokenizer.json", unknown=None))
+    return model
+
+
+def test_text_is_its_ids(reader):
+    images = sample_images(3)
+    ids = [torch.tensor([2, 3, 4]), None, torch.tensor([4])]
+    texts = ["a red cat", "", "cat"]
+    expected = reader.tokenize(images, ids, length=4).values
+    assert not torch.equal(expected, reader.tokenize(images, length=4).values)
+    assert torch.equal(reader.tokenize(images, texts, length=4).values, expected)
+    forwards = [training_forward(reader, images, queries, lengths=[4, 4, 4]) for queries in (ids, texts)]
+    assert torch.equal(forwards[0].tokens.values, forwards[1].tokens.values)
+    streams = [list(TokenStream(reader, zip(images, queries, strict=True), length=4)) for queries in (ids, texts)]
+    for first, second in zip(*streams, strict=True):
+        assert torch.equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a zebra", "queries[1] must hold ids from 0 to 31, got 100"),
+        ("cat " * 17, "queries[1] must have at most 16 ids for the"),
+        ("a dog", "queries[1]: "),
+    ],
+)
+def test_text_that_does_not_fit(reader, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reader.tokenize(sample_images(2), [None, text])
+
+
+def test_text_without_a_tokenizer(model):
+    assert model.tokenizer is None
+    message = r"queries\[1\] is text, but this model has no tokenizer; pass .* or set model\.tokenizer = "
+    with pytest.raises(ValueError, match=message):
+        model.tokenize(sample_images(2), ["", "a cat"])
 
 
 def ragged(lengths: list[int], width: int = 32, fill: float = 0, **options) -> RaggedTokens:
