@@ -1,4 +1,4 @@
-"""The command line: `dove-fast tokenize | reconstruct | info`; arguments in, exit codes out, the work is in `jobs`."""
+"""The command line: arguments in, exit codes out; the work is in `jobs` and `training`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ RECONSTRUCT_EXAMPLES = """examples:
   dove-fast reconstruct store/ pictures/ --max-length 8   from the first 8 tokens of each image
   dove-fast reconstruct store/ pictures/ --checkpoint model/   the checkpoint that made the store"""
 
+TRAIN_EXAMPLES = """examples:
+  dove-fast train run.toml
+  torchrun --nproc-per-node 2 -m dove_fast.cli train run.toml   two processes, one GPU each
+
+Run the same command again to go on after an interruption. docs/TRAINING.md describes the file."""
+
 INFO_EXAMPLES = """examples:
   dove-fast info store/
   dove-fast info model/
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; nothing may be written there, at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_STOPPED
-    except (DoveError, ValueError, TypeError, OSError) as error:
+    except (DoveError, ValueError, TypeError, OSError, ImportError) as error:
         from dove_fast.jobs import JobError
 
         return _fail(EXIT_STOPPED if isinstance(error, JobError) else EXIT_REFUSED, str(error))
@@ -106,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_tokenize(commands)
     _add_reconstruct(commands)
+    _add_train(commands)
     _add_info(commands)
     return parser
 
@@ -147,7 +154,8 @@ def _add_tokenize(commands: Commands) -> None:
     parser.add_argument(
         "--queries",
         metavar="FILE",
-        help='JSON lines {"key": .., "ids": [..]} of token ids (Q-DOVE); texts need a later version',
+        help='JSON lines {"key": .., "ids": [..]} of token ids, or {"key": .., "text": ".."} for a checkpoint with a '
+        "tokenizer.json (Q-DOVE)",
     )
     parser.add_argument(
         "--shard-size",
@@ -168,6 +176,16 @@ def _add_reconstruct(commands: Commands) -> None:
     parser.set_defaults(
         run=_reconstruct, resume="the pictures that were written are kept, run the same command again to go on"
     )
+
+
+def _add_train(commands: Commands) -> None:
+    parser = _command(commands, "train", "train a model as a TOML file says, or go on with it", TRAIN_EXAMPLES)
+    parser.add_argument("config", metavar="CONFIG", help="the run's TOML file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="let LPIPS download its backbone's weights (default: never)"
+    )
+    parser.set_defaults(run=_train, resume="run the same command again to go on from the last checkpoint")
 
 
 def _add_info(commands: Commands) -> None:
@@ -261,6 +279,30 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         f"{arguments.output}: {report.images} pictures from {report.tokens} tokens in {report.seconds:.1f} s, "
         f"{report.images / report.seconds:.1f} images/s"
     )
+    return EXIT_DONE
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from dove_fast import keep_freed_memory, native
+    from dove_fast.jobs.display import training_bar
+    from dove_fast.training import TrainConfig, process_group, train
+
+    logging.basicConfig(format="dove-fast: %(message)s", level=logging.INFO)
+    config = TrainConfig.from_toml(arguments.config)
+    with process_group(arguments.device) as ranks:
+        if ranks.device.type == "cpu" and native.why_no_native() is None:
+            keep_freed_memory()
+        with training_bar(enabled=ranks.is_first) as on_progress:
+            report = train(config, ranks, allow_download=arguments.allow_download, on_progress=on_progress)
+    if ranks.is_first:
+        rate = f", {report.computed / report.seconds:.2f} steps/s" if report.computed else ""
+        print(f"{config.run.output}: {report.step} of {report.steps} steps, {report.computed} now{rate}")
+    if report.interrupted:
+        return _fail(EXIT_INTERRUPTED, f"interrupted; {arguments.resume}")
+    if ranks.is_first:
+        print(f"the model is in {report.model}")
     return EXIT_DONE
 
 

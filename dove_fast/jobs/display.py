@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["progress_bar", "show_checkpoint", "show_installation", "show_store"]
+    from dove_fast.training import TrainProgress
+
+    OnTrainProgress = Callable[[TrainProgress], None]
+
+__all__ = ["progress_bar", "show_checkpoint", "show_installation", "show_store", "training_bar"]
 
 BAR_WIDTH = 40
 
@@ -46,6 +50,42 @@ def progress_bar(label: str) -> Iterator[OnProgress | None]:
             rate = state.images / max(time.perf_counter() - start, 1e-9)
             mean = state.tokens / max(state.images, 1)
             bar.update(task, completed=state.done, total=state.total, rate=rate, mean=mean)
+
+        yield show
+
+
+@contextlib.contextmanager
+def training_bar(*, enabled: bool) -> Iterator[OnTrainProgress | None]:
+    """Show a bar with a run's error, mean length and images/s on stderr; None where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not enabled or not console.is_terminal:
+        yield None
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("train"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("mse {task.fields[mse]:.5f}"),
+        progress.TextColumn("{task.fields[length]:.1f} tokens"),
+        progress.TextColumn("{task.fields[rate]:.1f} images/s"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("train", total=None, mse=0.0, length=0.0, rate=0.0)
+
+        def show(state: TrainProgress) -> None:
+            bar.update(
+                task,
+                completed=state.step,
+                total=state.steps,
+                mse=state.mse,
+                length=state.length,
+                rate=state.images_per_second,
+            )
 
         yield show
 

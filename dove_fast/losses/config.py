@@ -26,6 +26,10 @@ class LossConfig:
     adversarial_start: int = 10_000
     # Scale the adversarial gradient to the reconstruction's at the decoder's last layer (taming-transformers).
     adaptive_adversarial: bool = False
+    # The usual terms of a codebook that is trained (van den Oord et al. 2017, with weights of 1 and 0.25); 0: it is
+    # frozen, and the straight-through gradient goes to the features alone. [reading]
+    codebook_weight: float = 0.0
+    commitment_weight: float = 0.0
     # lambda: log-linear from the first to the second value over so many steps, then constant. "Extremely small" and
     # growing in the paper, without values. [reading]
     eos_weight_start: float = 1e-8

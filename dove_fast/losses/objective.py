@@ -27,7 +27,8 @@ class LossTerms:
     """A step's loss and what it is made of; everything but `total` is detached.
 
     total: () what is minimised. mse, perceptual, adversarial, eos: () means over the images, not weighed; inside their
-    regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. eos_weight: lambda.
+    regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. codebook,
+    commitment: () `codebook_terms`, 0 where they were not given. eos_weight: lambda.
     errors: (B,) each image's mean squared error inside its region, what the threshold learns from; NaN for a region
     without a pixel.
     """
@@ -37,6 +38,8 @@ class LossTerms:
     perceptual: Tensor
     adversarial: Tensor
     irrelevant: Tensor
+    codebook: Tensor
+    commitment: Tensor
     eos: Tensor
     eos_weight: float
     errors: Tensor
@@ -79,6 +82,7 @@ class QDOVELoss(nn.Module):
         step: int,
         mask: Tensor | None = None,
         forced: bool = False,
+        codebook: tuple[Tensor, Tensor] | None = None,
         last_layer: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss of a batch.
@@ -86,9 +90,12 @@ class QDOVELoss(nn.Module):
         images, reconstruction: (B, 3, H, W) in [0, 1], the second with a graph. eos_logits (B, T), lengths (B,): as in
         `eos_loss`. step: optimiser steps before this one. mask: (B, 1, H, W) bool, the regions; None where there is
         no text: the whole image. forced: the lengths were given and not found, so they teach EOS nothing.
+        codebook: what `codebook_terms` returns, needed where their weights are not 0.
         last_layer: the weight that the adaptive factor is measured at, needed where `config.adaptive_adversarial`.
         """
         config = self.config
+        if codebook is None and (config.codebook_weight or config.commitment_weight):
+            raise ValueError("LossConfig.codebook_weight or commitment_weight is not 0, which needs `codebook`")
         perceptual, discriminator = self._parts
         mse, mse_outside = region_mse(images, reconstruction, mask)
         relevant, irrelevant = config.mse_weight * mse, config.mse_weight * mse_outside
@@ -111,6 +118,9 @@ class QDOVELoss(nn.Module):
                 weighed = _adaptive(total, fooled, last_layer) * weighed
             total = total + weighed
         total = total + config.irrelevant_weight * irrelevant.mean()
+        of_codebook, of_commitment = (zero, zero) if codebook is None else codebook
+        if codebook is not None:
+            total = total + config.codebook_weight * of_codebook + config.commitment_weight * of_commitment
         eos_weight = config.eos_weight(step)
         errors = mse.detach()
         if mask is not None:
@@ -124,6 +134,8 @@ class QDOVELoss(nn.Module):
             perceptual=seen.detach(),
             adversarial=fooled.detach(),
             irrelevant=irrelevant.mean().detach(),
+            codebook=of_codebook.detach(),
+            commitment=of_commitment.detach(),
             eos=eos.detach(),
             eos_weight=eos_weight,
             errors=errors,
@@ -135,6 +147,12 @@ class QDOVELoss(nn.Module):
         if discriminator is None:
             raise ValueError("this loss was made without a discriminator")
         return hinge_loss(discriminator(images.detach()), discriminator(reconstruction.detach()))
+
+    def move_to(self, device: torch.device) -> None:
+        """Move the networks that the loss calls to a device; `to` leaves them, as they are not its own."""
+        for part in self._parts:
+            if part is not None:
+                part.to(device)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return tau's window: `state_dict` holds it."""
@@ -158,13 +176,21 @@ class DOVELoss(QDOVELoss):
         step: int,
         mask: Tensor | None = None,
         forced: bool = False,
+        codebook: tuple[Tensor, Tensor] | None = None,
         last_layer: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss of a batch; arguments as in `QDOVELoss.forward`, without a mask."""
         if mask is not None:
             raise ValueError("DOVELoss has no regions, got a mask; QDOVELoss takes one")
         return super().forward(
-            images, reconstruction, eos_logits, lengths, step=step, forced=forced, last_layer=last_layer
+            images,
+            reconstruction,
+            eos_logits,
+            lengths,
+            step=step,
+            forced=forced,
+            codebook=codebook,
+            last_layer=last_layer,
         )
 
 

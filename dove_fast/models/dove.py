@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, overload
 
 import torch
@@ -37,6 +38,7 @@ from dove_fast.models.inputs import (
 )
 from dove_fast.models.vqgan import VQGAN
 from dove_fast.ragged import RaggedTokens
+from dove_fast.text import TOKENIZER_NAME, TextTokenizer
 
 __all__ = ["DOVE", "TokenizeStats"]
 
@@ -73,7 +75,8 @@ class DOVE(nn.Module):
 
     Parts: `vqgan`; `in_proj` (C -> d); `generator`, causal; `eos_head` (d -> 1); `token_decoder`, bidirectional;
     `out_proj` (d -> C). `state_dict` keys under `vqgan.` are diffusers `VQModel`'s, those under `generator.` and
-    `token_decoder.` transformers `GPTNeoXModel`'s. Weights are random, from torch's seed.
+    `token_decoder.` transformers `GPTNeoXModel`'s. Weights are random, from torch's seed. `tokenizer`, None or a
+    `TextTokenizer`, turns queries that are text into token ids; it is no part of `state_dict` and `fingerprint`.
     Source: METHOD sections 1 to 3; paper section 3.
     """
 
@@ -91,6 +94,7 @@ class DOVE(nn.Module):
         self.token_decoder = GPTNeoX(config.token_decoder, causal=False)
         self.out_proj = nn.Linear(width, config.vqgan.vq_embed_dim)
         self.generation = Generation(config.num_tokens)
+        self.tokenizer: TextTokenizer | None = None
 
     # Loading and saving
 
@@ -98,12 +102,15 @@ class DOVE(nn.Module):
     def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> DOVE:
         """Load what `save_pretrained` wrote: `config.json` and `model.safetensors` (or its shards and their index).
 
+        A `tokenizer.json` beside them becomes `tokenizer`; the library that it needs is imported at the first text.
         `dtype` casts the weights; None keeps the file's. The model is on the CPU, in evaluation mode.
         Raises `FileNotFoundError` for no such directory, `CheckpointError` for anything else that is wrong.
         """
         config, tensors = checkpoint.read_dove(directory)
         model = _on_meta(config)
         checkpoint.assign(model, tensors, str(directory), dtype=dtype)
+        if (Path(directory) / TOKENIZER_NAME).exists():
+            model.tokenizer = TextTokenizer(Path(directory) / TOKENIZER_NAME)
         return model.eval()
 
     @classmethod
@@ -145,8 +152,15 @@ class DOVE(nn.Module):
         return model.to(dtype).eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` into `directory`, each by temporary file and rename."""
+        """Write `config.json` and `model.safetensors` into `directory`, each by temporary file and rename.
+
+        A model with a tokenizer writes its `tokenizer.json` too; one without removes the file of an earlier model.
+        """
         checkpoint.write_dove(directory, self.config, self.state_dict())
+        if self.tokenizer is not None:
+            self.tokenizer.save(Path(directory) / TOKENIZER_NAME)
+        else:
+            (Path(directory) / TOKENIZER_NAME).unlink(missing_ok=True)
 
     def fingerprint(self) -> str:
         """Return "sha256:..." over the configuration and every weight (name, dtype, shape, bytes).
@@ -238,8 +252,15 @@ class DOVE(nn.Module):
 
         Source: METHOD section 3.
         """
-        features = self.out_proj(states)
-        grid = features.transpose(1, 2).unflatten(2, (self.config.grid_size, self.config.grid_size))
+        return self.render(self.grid(states))
+
+    def grid(self, states: Tensor) -> Tensor:
+        """Project the token decoder's states (B, T, d) to the feature grid (B, C, h, w), before the codebook."""
+        features: Tensor = self.out_proj(states)
+        return features.transpose(1, 2).unflatten(2, (self.config.grid_size, self.config.grid_size))
+
+    def render(self, grid: Tensor) -> Tensor:
+        """Decode a feature grid (B, C, h, w), through the codebook as configured, to images (B, 3, S, S)."""
         if self.config.quantize == "nearest":
             grid, _ = self.vqgan.quantize(grid)
         images: Tensor = self.vqgan.decode(grid)
@@ -297,7 +318,8 @@ class DOVE(nn.Module):
         """Turn images into variable-length tokens.
 
         images: (B, 3, S, S), floating in [0, 1] or uint8, on the model's device.
-        queries: None, or B entries, each None, "" or a 1-D integer tensor of token ids (Q-DOVE).
+        queries: None, or B entries, each None, a 1-D integer tensor of token ids, or text for `tokenizer` (Q-DOVE);
+        "" is no query.
         length: exactly so many tokens an image, whatever EOS says. max_length: at most so many.
         eos_threshold: the EOS probability above which an image ends; None takes the configuration's.
         block_size: steps computed at a time; None lets the schedule choose (`generation.histogram`). It changes values
@@ -321,7 +343,7 @@ class DOVE(nn.Module):
         check_images(images, self.config)
         check_device("images", images, self.device)
         check_length_options(self.config, length, max_length, eos_threshold, block_size)
-        query_ids = check_queries(queries, images.shape[0], self.config)
+        query_ids = check_queries(queries, images.shape[0], self.config, self.tokenizer)
         nonfinite = nonfinite_rows(images)
         if images.device.type == "cpu":
             raise_if_nonfinite(nonfinite)

@@ -40,6 +40,7 @@ class TrainingForward:
     eos_logits: Tensor
     tokens: RaggedTokens
     features: Tensor
+    grid: Tensor
     positions_computed: int
     positions_of_all: int
 
@@ -56,15 +57,17 @@ def training_forward(
     *,
     lengths: Sequence[int] | None = None,
     features: Tensor | None = None,
+    block_size: int | None = None,
     recompute: bool = False,
 ) -> TrainingForward:
     """Tokenize and reconstruct a batch with gradients.
 
     images: (B, 3, S, S), floating in [0, 1] or uint8, on the model's device; queries: as in `DOVE.tokenize`.
-    lengths: each image's number of tokens, from 1 to T; None finds them without gradients, and teaches
-    `model.generation` what to expect. features: (B, N, C), where `model.encode(images)` is known, as with a frozen
-    encoder; then the images are not read. recompute: forget the generator's activations within a layer and compute them
-    again in the backward, which takes a third more time for it and a fraction of the memory.
+    lengths: each image's number of tokens, from 1 to T; None finds them without gradients, in blocks of `block_size`
+    steps; without one the schedule chooses, and `model.generation` learns what to expect. features: (B, N, C), where
+    `model.encode(images)` is known, as with a frozen encoder; then the images are not read. recompute: forget the
+    generator's activations within a layer and compute them again in the backward, which takes a third more time for it
+    and a fraction of the memory.
 
     The same values and gradients as the plain forward over all N + L + T positions, within rounding. The VQGAN's
     encoder runs without a graph where none of its parameters needs one.
@@ -73,7 +76,7 @@ def training_forward(
     config = model.config
     check_images(images, config)
     check_device("images", images, model.device)
-    query_ids = check_queries(queries, images.shape[0], config)
+    query_ids = check_queries(queries, images.shape[0], config, model.tokenizer)
     if features is None:
         encoder = (*model.vqgan.encoder.parameters(), *model.vqgan.quant_conv.parameters())
         learns = any(parameter.requires_grad for parameter in encoder)
@@ -84,7 +87,7 @@ def training_forward(
         raise ValueError(f"features must have shape {shape}, got {tuple(features.shape)}")
     prefixes = model.prefixes(features, query_ids)
     if lengths is None:
-        counts = _found_lengths(model, prefixes)
+        counts = _found_lengths(model, prefixes, block_size)
     else:
         counts = _checked_lengths(lengths, len(prefixes), config.num_tokens)
 
@@ -97,24 +100,27 @@ def training_forward(
     padded_logits = torch.nn.utils.rnn.pad_sequence(
         [*logits.split(counts), logits.new_zeros(config.num_tokens)], batch_first=True, padding_value=float("nan")
     )[:-1]
+    grid = model.grid(
+        model.generation.decode(model.token_decoder, tokens, attends_padding=config.decoder_attends_padding)
+    )
     return TrainingForward(
-        reconstruction=model.pictures(
-            model.generation.decode(model.token_decoder, tokens, attends_padding=config.decoder_attends_padding)
-        ),
+        reconstruction=model.render(grid),
         eos_logits=padded_logits,
         tokens=tokens,
         features=features,
+        grid=grid,
         positions_computed=hidden.shape[0],
         positions_of_all=sum(len(prefix) + config.num_tokens for prefix in prefixes),
     )
 
 
 @torch.no_grad()
-def _found_lengths(model: DOVE, prefixes: Sequence[Tensor]) -> list[int]:
+def _found_lengths(model: DOVE, prefixes: Sequence[Tensor], block_size: int | None) -> list[int]:
     rule = LengthRule(model.config.num_tokens, model.config.eos_threshold)
     rows = [prefix.detach() for prefix in prefixes]
-    tokens, _ = generate(model.generation, model.generator, model.eos_head, rows, rule, None)
-    model.generation.learn(tokens.host_lengths, rule)
+    tokens, _ = generate(model.generation, model.generator, model.eos_head, rows, rule, block_size)
+    if block_size is None:
+        model.generation.learn(tokens.host_lengths, rule)
     return list(tokens.host_lengths)
 
 

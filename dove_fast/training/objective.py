@@ -1,0 +1,114 @@
+"""One forward from a batch to its loss: what data-parallel training wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dove_fast.losses import LossTerms, QDOVELoss, codebook_terms
+from dove_fast.models.dove import DOVE
+from dove_fast.training.forward import training_forward
+
+__all__ = ["Objective", "StepResult", "freeze"]
+
+# Steps a block where the lengths are found: fixed, so that they do not depend on what was seen before, as with a
+# schedule that learns, and a run that goes on from a checkpoint finds the same.
+LENGTH_BLOCK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a batch came to.
+
+    terms: the losses. reconstruction: (B, 3, S, S), detached. lengths: (B,) int64; 1 for the VQGAN alone, which has
+    none. codes: (B, h, w) int64, where the codebook is trained. grid: (B, C, h, w) what was quantised, detached.
+    """
+
+    terms: LossTerms
+    reconstruction: Tensor
+    lengths: Tensor
+    codes: Tensor | None
+    grid: Tensor
+
+
+class Objective(nn.Module):
+    """A model and its loss. stage: "vqgan" reconstructs through the VQGAN alone, "dove" through tokens.
+
+    `recompute` as in `training_forward`. The loss's networks and its threshold are not this module's: they have
+    optimisers and checkpoints of their own.
+    """
+
+    def __init__(self, model: DOVE, loss: QDOVELoss, *, stage: str = "dove", recompute: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.stage, self.recompute = stage, recompute
+        self._loss = (loss,)
+
+    @property
+    def loss(self) -> QDOVELoss:
+        """The loss."""
+        return self._loss[0]
+
+    def forward(
+        self,
+        images: Tensor,
+        queries: Sequence[Tensor],
+        mask: Tensor | None,
+        *,
+        step: int,
+        lengths: Sequence[int] | None = None,
+    ) -> StepResult:
+        """Return the loss of a batch, images (B, 3, S, S) uint8; `lengths` forces them."""
+        model, config = self.model, self.loss.config
+        targets = images.to(model.dtype) / 255
+        if self.stage == "vqgan":
+            grid = model.encode(images).transpose(1, 2).unflatten(2, (model.config.grid_size, model.config.grid_size))
+            reconstruction = model.render(grid)
+            counts = torch.ones(len(images), dtype=torch.int64, device=images.device)
+            logits = grid.new_zeros((len(images), 1), dtype=torch.float32)
+        else:
+            found = training_forward(
+                model, images, queries, lengths=lengths, block_size=LENGTH_BLOCK, recompute=self.recompute
+            )
+            grid, reconstruction, counts, logits = found.grid, found.reconstruction, found.lengths, found.eos_logits
+        codes, terms = None, None
+        if config.codebook_weight or config.commitment_weight:
+            _, codes = model.vqgan.quantize(grid.detach())
+            terms = codebook_terms(grid, codes, model.vqgan.quantize.embedding.weight)
+        losses = self.loss(
+            targets,
+            reconstruction.float(),
+            logits,
+            counts,
+            step=step,
+            mask=mask,
+            forced=lengths is not None or self.stage == "vqgan",
+            codebook=terms,
+            last_layer=model.vqgan.decoder.conv_out.weight if config.adaptive_adversarial else None,
+        )
+        return StepResult(losses, reconstruction.detach().float(), counts, codes, grid.detach())
+
+    def random_lengths(self, batch: int, generator: torch.Generator) -> list[int]:
+        """Draw `batch` lengths from 1 to T, for a step that teaches every prefix to reconstruct."""
+        return torch.randint(1, self.model.config.num_tokens + 1, (batch,), generator=generator).tolist()
+
+
+def freeze(model: DOVE, stage: str, frozen: str, *, codebook: bool, texts: bool) -> list[tuple[str, nn.Parameter]]:
+    """Switch off the gradients of what is not trained, and return the names and parameters of what is.
+
+    stage and frozen: as in `RunConfig`. codebook: whether it is trained. texts: whether there are any, for the
+    embedding of their ids.
+    """
+    vqgan = model.vqgan
+    model.requires_grad_(stage == "dove")
+    vqgan.requires_grad_(stage == "vqgan" or frozen != "vqgan")
+    if stage == "dove" and frozen == "encoder":
+        vqgan.encoder.requires_grad_(False)
+        vqgan.quant_conv.requires_grad_(False)
+    vqgan.quantize.requires_grad_(codebook)
+    if model.generator.embed_in is not None:
+        model.generator.embed_in.requires_grad_(stage == "dove" and texts)
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,119 @@
+"""From a run's configuration to its parts: the model, the loss and the run's directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dove_fast.atomic import make_directory, replacing
+from dove_fast.config import DOVEConfig
+from dove_fast.errors import DoveError
+from dove_fast.losses import LPIPS, PatchDiscriminator, QDOVELoss
+from dove_fast.models.dove import DOVE
+from dove_fast.text import TextTokenizer
+from dove_fast.training.config import ModelSource, TrainConfig
+
+__all__ = ["TrainingError", "build_loss", "build_model", "run_directory"]
+
+RUN_NAME, LOCK_NAME = "run.json", "run.lock"
+FORMAT_VERSION = 1
+
+# What may differ between a run and the one that goes on with it: what is written, how fast, and how long.
+FREE = {"report": None, "validation": None, "run": {"output", "steps", "nonfinite_limit"}, "data": {"workers"}}
+
+
+class TrainingError(DoveError):
+    """A run cannot go on; the message says why and what to do. What it had written is intact."""
+
+
+def build_model(source: ModelSource, seed: int) -> DOVE:
+    """Return the model that a run starts from, in fp32; random weights follow from `seed`.
+
+    Raises what `DOVE.from_pretrained` and `DOVEConfig.from_json` raise.
+    """
+    if source.checkpoint:
+        model = DOVE.from_pretrained(source.checkpoint).float()
+    else:
+        presets = {"base": DOVEConfig.base, "tiny": DOVEConfig.tiny}
+        config = presets[source.preset]() if source.preset else DOVEConfig.from_json(Path(source.config))
+        with _seeded(seed):
+            model = DOVE(config)
+    if source.tokenizer:
+        model.tokenizer = TextTokenizer(source.tokenizer)
+    if model.tokenizer is not None and model.tokenizer.vocab_size > model.config.generator.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {model.tokenizer.vocab_size} entries, the model's query embedding "
+            f"{model.config.generator.vocab_size}: give the model a larger generator.vocab_size"
+        )
+    return model
+
+
+def build_loss(config: TrainConfig, *, allow_download: bool) -> tuple[QDOVELoss, nn.Module | None]:
+    """Return the loss and its discriminator, None where none is used; their random weights follow from the seed."""
+    discriminator, perceptual = None, None
+    with _seeded(config.run.seed):
+        if config.loss.adversarial_weight:
+            discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
+        if config.loss.perceptual_weight:
+            perceptual = LPIPS(
+                config.perceptual.net, weights=config.perceptual.weights or None, allow_download=allow_download
+            )
+    return QDOVELoss(config.loss, perceptual=perceptual, discriminator=discriminator), discriminator
+
+
+@contextlib.contextmanager
+def run_directory(config: TrainConfig) -> Iterator[Path]:
+    """Make or open the run's directory and hold it against other processes until the block ends.
+
+    Raises `ValueError` for one that holds something else or a run with other settings, `TrainingError` where another
+    process has it.
+    """
+    output = Path(config.run.output)
+    settings = output / RUN_NAME
+    if not settings.exists():
+        if output.exists() and any(entry.name != LOCK_NAME for entry in output.iterdir()):
+            raise ValueError(f"{output} is not empty and holds no run; choose another [run] output")
+        make_directory(output)
+    with (output / LOCK_NAME).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"another process trains in {output}; wait for it or choose another output") from None
+        if settings.exists():
+            _check_settings(settings, config)
+        with replacing(settings) as file:
+            content = {"format_version": FORMAT_VERSION, "config": config.to_dict()}
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+        yield output
+
+
+def _check_settings(path: Path, config: TrainConfig) -> None:
+    earlier = json.loads(path.read_text(encoding="utf-8"))["config"]
+    now = json.loads(json.dumps(config.to_dict()))
+    for section in sorted(earlier.keys() | now.keys()):
+        free: set[str] | None = FREE.get(section, set())
+        if free is None:
+            continue
+        before: dict[str, Any] = earlier.get(section, {})
+        after: dict[str, Any] = now.get(section, {})
+        for key in sorted((before.keys() | after.keys()) - free):
+            if before.get(key) != after.get(key):
+                raise ValueError(
+                    f"{path.parent} holds a run with [{section}] {key} = {before.get(key)!r}, now it is "
+                    f"{after.get(key)!r}; choose another [run] output, or go on with the earlier value"
+                )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's random numbers within the block, and leave those outside as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,98 @@
+"""Cut photographs into the shards that the tiny model is trained and validated on.
+
+`python prepare.py PHOTOS OUT` takes every picture below PHOTOS but drawings and previews, sets aside every eighth
+picture with all its variants, and writes OUT/train-*.tar and OUT/held-out-*.tar of square crops at many scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dove_fast.data import DecodeError, decode_image, list_inputs
+
+# Larger than the model's 64 pixels: the training crops again.
+SIZE = 96
+# Of the original's pixels; smaller ones are blurred by the enlargement, which makes simple pictures.
+SMALLEST_SIDE = 48
+CROPS_PER_PICTURE, CROPS_PER_SHARD = 300, 4096
+HELD_OUT = 8
+# Drawings, previews of other files, and colour charts, by the names that their packages give them.
+NOT_PHOTOGRAPHS = re.compile(
+    r"screenshot|preview|/abstract/|/desktop/|logo|phantom|chessboard|/text\.|/page\.|clock|color\.png|/horse\.|"
+    r"gnome/(adwaita|grid|licorice|pixels|symbolic|truchet|vnc|blobs|drool)|"
+    r"wallpapers/(Altai|Canopee|Cascade|Cluster|Flow|Honeywave|Kay|Kokkini|MilkyWay|Opal|Patak|SafeLanding|Shell|Volna|"
+    r"IceCold|Elarun|FlyingKonqui|PastelHills)|"
+    r"backgrounds/(2004|calla|city|desert|fluent|focal|first|rollpaper|warty|rhythm|lomiri)"
+)
+
+
+def group_of(key: str) -> str:
+    """Return what all variants of one picture share: a wallpaper's folder, or the name without size and suffix."""
+    if "/contents/" in key:
+        return key.split("/contents/")[0].rsplit("/", 1)[-1]
+    return re.split(r"_\d|-[dl]\.|_left|_right|\.", key.rsplit("/", 1)[-1])[0]
+
+
+def crops(image: Image.Image, count: int, seed: int) -> Iterator[Image.Image]:
+    """Yield square crops, their sides log-uniform from SMALLEST_SIDE to the short side."""
+    random = np.random.default_rng(seed)
+    short = min(image.size)
+    for share, x, y in random.random((count, 3)):
+        side = short * (SMALLEST_SIDE / short) ** share if short > SMALLEST_SIDE else short
+        left, top = x * (image.width - side), y * (image.height - side)
+        box = (left, top, left + side, top + side)
+        yield image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+
+
+def write_shards(out: Path, name: str, pictures: list[tuple[str, Path]]) -> int:
+    """Write the crops of all pictures in a mixed order; returns how many."""
+    made: list[tuple[str, bytes]] = []
+    for key, path in pictures:
+        try:
+            image = decode_image(path).image
+        except DecodeError as error:
+            print(f"left out {key}: {error}")
+            continue
+        seed = zlib.crc32(key.encode())
+        for number, crop in enumerate(crops(image, CROPS_PER_PICTURE, seed)):
+            buffer = io.BytesIO()
+            crop.save(buffer, "PNG")
+            made.append((f"{group_of(key)}-{seed:08x}-{number:03d}.png", buffer.getvalue()))
+    order = np.random.default_rng(0).permutation(len(made))
+    for shard, start in enumerate(range(0, len(made), CROPS_PER_SHARD)):
+        with tarfile.open(out / f"{name}-{shard:04d}.tar", "w") as tar:
+            for index in order[start : start + CROPS_PER_SHARD]:
+                member = tarfile.TarInfo(made[index][0])
+                member.size = len(made[index][1])
+                tar.addfile(member, io.BytesIO(made[index][1]))
+    return len(made)
+
+
+def main() -> None:
+    """Read the arguments and write the shards."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    inputs = [item for item in list_inputs(arguments.photos) if not NOT_PHOTOGRAPHS.search("/" + item.key)]
+    groups = sorted({group_of(item.key) for item in inputs})
+    held_out = set(groups[HELD_OUT // 2 :: HELD_OUT])
+    print(f"{len(inputs)} pictures in {len(groups)} groups; held out: {', '.join(sorted(held_out))}")
+    for name, wanted in (("train", False), ("held-out", True)):
+        folder = arguments.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = [(item.key, Path(item.path)) for item in inputs if (group_of(item.key) in held_out) == wanted]
+        print(f"{name}: {write_shards(folder, name, chosen)} crops of {len(chosen)} pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""A whole run of a micro model: going on after any stop, parts that stay frozen, batches that are split."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from made_runs import make_run, run_settings, write_toml
+
+from dove_fast import DOVE
+from dove_fast.training import train
+from dove_fast.training.checkpoint import latest_checkpoint
+from dove_fast.training.distributed import Ranks
+from dove_fast.training.log import read_log
+from dove_fast.training.setup import TrainingError
+from dove_fast.training.trainer import Trainer
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def lines_of(output):
+    """A run's log without what time decides."""
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in read_log(output)]
+
+
+def weights_of(directory):
+    return DOVE.from_pretrained(directory).state_dict()
+
+
+def assert_same_weights(left, right):
+    left, right = weights_of(left), weights_of(right)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without a stop: its folder, and its report."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(make_run(folder), ALONE)
+
+
+def test_a_run_writes_what_it_promises(whole):
+    folder, report = whole
+    assert (report.step, report.computed, report.skipped, report.interrupted) == (12, 12, 0, False)
+    lines = lines_of(folder / "run")
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    assert trained[-1]["threshold"] is not None and trained[0]["eos_weight"] == pytest.approx(1e-3)
+    assert len({line["length_mean"] for line in trained}) > 6
+    assert trained[-1]["eos_weight"] == pytest.approx(1e-2)
+    assert all(line["adversarial"] == 0 for line in trained[:5]) and trained[6]["adversarial"] != 0
+    assert [line["step"] for line in trained if "codewords_used" in line] == [4, 8, 12]
+    validated = [line for line in lines if line["kind"] == "validation"]
+    assert [line["step"] for line in validated] == [5, 10] and validated[0]["length_q1"] >= 1
+    names = sorted(path.name for path in (folder / "run/checkpoints").iterdir())
+    assert names == ["step-000000009", "step-000000012"]
+    pictures = sorted(path.name for path in (folder / "run/pictures").iterdir())
+    assert pictures == ["lengths-000000010.png", "reconstructions-000000010.png"]
+    # What is exported are the averaged weights, and the tokenizer comes along.
+    assert_same_weights(report.model, folder / "run/checkpoints/step-000000012/ema")
+    assert DOVE.from_pretrained(report.model).tokenizer.encode("the left half").tolist() == [1, 2, 4]
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    folder, _ = whole
+    before = lines_of(folder / "run")
+    again = train(make_run(folder), ALONE)
+    assert (again.step, again.computed) == (12, 0) and lines_of(folder / "run") == before
+
+
+@pytest.mark.parametrize("stop", [1, 6, 7])
+def test_goes_on_to_the_bit(whole, tmp_path, stop):
+    """Stopped by a failure behind step `stop`, at or between checkpoints, and started again."""
+    folder, report = whole
+    output = {"output": str(tmp_path / "run")}
+    config = make_run(folder, run=output)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_there(progress):
+        if progress.step == stop:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, ALONE, on_progress=stop_there)
+    again = train(config, ALONE)
+    # The checkpoint of a step is written behind its progress.
+    assert again.computed == 12 - (stop - 1) // 3 * 3
+    assert lines_of(tmp_path / "run") == lines_of(folder / "run")
+    assert_same_weights(again.model, report.model)
+    assert_same_weights(
+        tmp_path / "run/checkpoints/step-000000012/model", folder / "run/checkpoints/step-000000012/model"
+    )
+
+
+def start(config: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "dove_fast.cli", "train", str(config), "--device", "cpu"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(line["step"] >= step for line in read_log(output)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def test_goes_on_after_sigkill_and_sigterm(whole, tmp_path):
+    folder, report = whole
+    output = tmp_path / "run"
+    config = write_toml(tmp_path / "run.toml", run_settings(folder, run={"output": str(output)}))
+    for step, number in ((2, signal.SIGKILL), (5, signal.SIGKILL), (8, signal.SIGTERM)):
+        process = start(config)
+        wait_for_step(output, step, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == (-number if number == signal.SIGKILL else 130), err
+        if number == signal.SIGTERM:
+            # A checkpoint of the very step that was under way.
+            assert "interrupted" in err and "steps" in out
+            assert latest_checkpoint(output).name == f"step-{lines_of(output)[-1]['step']:09d}"
+    process = start(config)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "12 of 12 steps" in out
+    assert lines_of(output) == lines_of(folder / "run")
+    assert_same_weights(output / "model", report.model)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+def test_two_processes_train_as_one(tmp_path):
+    """The same batches, lengths and threshold; gradients are averaged in another order."""
+    changes = {
+        "run": {"accumulation": 1, "steps": 6, "output": str(tmp_path / "one")},
+        # By halves of the batch the adaptive factor is another one.
+        "loss": {"adaptive_adversarial": False, "adversarial_start": 2},
+    }
+    train(make_run(tmp_path, **changes), ALONE)
+    changes["run"]["output"] = str(tmp_path / "two")
+    config = write_toml(tmp_path / "two.toml", run_settings(tmp_path, **changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "dove_fast.cli", "train", str(config), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 of 6 steps") == 1
+    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for alone, shared in zip(one, two, strict=True):
+        assert alone.keys() == shared.keys()
+        for name, value in alone.items():
+            wanted = pytest.approx(value, rel=2e-3, abs=1e-6) if isinstance(value, (int, float)) else value
+            assert shared[name] == wanted, (alone["step"], name)
+
+
+def test_accumulation_changes_rounding_alone(tmp_path):
+    rows = []
+    for parts in (1, 2, 4):
+        run = {"accumulation": parts, "steps": 4, "output": str(tmp_path / f"by{parts}")}
+        train(make_run(tmp_path, run=run, loss={"adversarial_weight": 0.0}), ALONE)
+        rows.append([line["mse"] for line in lines_of(tmp_path / f"by{parts}") if line["kind"] == "train"])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
+    assert rows[2] == pytest.approx(rows[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("run", "loss", "trained", "still"),
+    [
+        ({"frozen": "vqgan"}, {"codebook_weight": 0.0}, ("generator.", "out_proj"), ("vqgan.",)),
+        (
+            {"frozen": "encoder"},
+            {"codebook_weight": 0.0},
+            ("vqgan.decoder.", "in_proj", "eos_head"),
+            ("vqgan.encoder.", "vqgan.quant_conv", "vqgan.quantize"),
+        ),
+        ({"frozen": "nothing"}, {}, ("vqgan.encoder.conv_in", "vqgan.quantize", "token_decoder."), ()),
+        ({"stage": "vqgan"}, {}, ("vqgan.encoder.", "vqgan.quantize"), ("generator.", "token_decoder.", "in_proj")),
+    ],
+)
+def test_what_is_frozen_stays(tmp_path, run, loss, trained, still):
+    run = {"steps": 3, "codebook_restart_steps": 0, "ema_decay": 0.0, **run}
+    config = make_run(tmp_path, run=run, loss={"commitment_weight": 0.0, **loss})
+    trainer = Trainer(config, ALONE, tmp_path / "run")
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    (tmp_path / "run").mkdir()
+    trainer.run()
+    after = trainer.model.state_dict()
+    for name, tensor in before.items():
+        if name.startswith(still):
+            assert torch.equal(tensor, after[name]), name
+    for prefix in trained:
+        names = [name for name in before if name.startswith(prefix)]
+        assert any(not torch.equal(before[name], after[name]) for name in names), prefix
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    # A learning rate that throws the weights to infinity.
+    changes = {
+        "run": {"steps": 30, "nonfinite_limit": 3, "ema_decay": 0.0, "codebook_restart_steps": 0},
+        "optimizer": {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0},
+        "loss": {"adversarial_weight": 0.0, "adaptive_adversarial": False},
+        "report": {"validation_steps": 0, "picture_steps": 0},
+    }
+    with pytest.raises(TrainingError, match="4 steps were not finite, the limit is 3"):
+        train(make_run(tmp_path, **changes), ALONE)
+    skipped = [line["skipped"] for line in lines_of(tmp_path / "run")]
+    assert skipped[0] == 0 and skipped[-1] == 3
+    # Weights that were finite at the last checkpoint stay on disk.
+    assert json.loads((latest_checkpoint(tmp_path / "run") / "state.json").read_text())["skipped"] <= 3
+
+
+def test_refuses_what_does_not_fit(whole, tmp_path):
+    folder, _ = whole
+    with pytest.raises(ValueError, match=r"\[optimizer\] learning_rate = 0.001, now it is 0.1"):
+        train(make_run(folder, optimizer={"learning_rate": 0.1}), ALONE)
+    with pytest.raises(ValueError, match="multiple of 1 processes times accumulation = 3"):
+        train(make_run(folder, run={"accumulation": 3, "output": str(tmp_path / "a")}), ALONE)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train(make_run(folder, run={"output": str(tmp_path / "b")}), ALONE)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine.txt"]
+    with pytest.raises(ValueError, match="no tokenizer"):
+        train(make_run(folder, model={"tokenizer": ""}, run={"output": str(tmp_path / "c")}), ALONE)
+
+
+def test_one_process_a_run(tmp_path):
+    def train_again(progress):
+        with pytest.raises(TrainingError, match="another process trains in"):
+            train(config, ALONE)
+
+    config = make_run(tmp_path, run={"steps": 1}, report={"validation_steps": 0})
+    assert train(config, ALONE, on_progress=train_again).step == 1
+
+
+def test_other_data_are_noticed(tmp_path):
+    config = make_run(tmp_path, run={"steps": 2}, data={"kind": "folder", "path": str(tmp_path / "pictures")})
+    train(config, ALONE)
+    (tmp_path / "pictures/00.jpg").unlink()
+    with pytest.raises(ValueError, match=r"had 12 samples, .* now has 11"):
+        train(config, ALONE)
