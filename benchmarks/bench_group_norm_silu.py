@@ -2,10 +2,13 @@
 
     pytest benchmarks/bench_group_norm_silu.py --benchmark-only --benchmark-json=figures.json
 
-The floor reads x once and writes the result once. Results are compared first. `--batch` sets B (default 2 on a CPU).
+The floor reads x once and writes the result once; of forward and backward it reads x and the gradient too and writes
+x's gradient. Results are compared first. `--batch` sets B (default 2 on a CPU).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -70,3 +73,33 @@ def bench_group_norm_silu(compare, request, batch, device, channels, side, dtype
             rival_name=f"{rival} group_norm + silu",
             moved=2 * x.nbytes,
         )
+
+
+@layers
+@dtypes
+@layouts
+def bench_group_norm_silu_backward(compare, batch, device, channels, side, dtype, layout):
+    """One layer, with SiLU, forward and backward, against eager in the same layout."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(batch, channels, side, side, generator=generator).to(device, dtype) for _ in range(2))
+    if layout == "channels-last":
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    leaves = [x, *(torch.randn(channels, device=device, dtype=dtype) for _ in range(2))]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, GROUPS, weight, bias, eps=EPS)
+
+    def both(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+    expected = both(eager, [t.double().requires_grad_() for t in leaves], grad.double())
+    leaves = [t.requires_grad_() for t in leaves]
+    for function in (ours, eager):
+        for result, wanted in zip(both(function, leaves, grad), expected, strict=True):
+            assert (result.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+    compare(
+        lambda: both(ours, leaves, grad),
+        lambda: both(eager, leaves, grad),
+        rival_name="eager group_norm + silu, forward and backward",
+        moved=5 * x.nbytes,
+    )

@@ -235,6 +235,33 @@ void group_norm_silu_cpu(uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t
   DOVE_CPU_KERNEL(group_norm_silu)(params, chosen);
 }
 
+// The tensors' addresses come as tuples: (grad, x, grad_x), (weight, bias), (mean, rstd), (grad_weight, grad_bias).
+void group_norm_silu_backward_cpu(std::array<uintptr_t, 3> data, std::array<uintptr_t, 2> parameters,
+                                  std::array<uintptr_t, 2> statistics, std::array<uintptr_t, 2> grads, int64_t batch,
+                                  int64_t channels, int64_t spatial, int64_t groups, bool channels_last, bool silu,
+                                  int dtype, int num_threads, const std::string& isa) {
+  const dove::GroupNormSiluBackwardParams params{reinterpret_cast<const void*>(data[0]),
+                                                 reinterpret_cast<const void*>(data[1]),
+                                                 reinterpret_cast<void*>(data[2]),
+                                                 reinterpret_cast<const float*>(parameters[0]),
+                                                 reinterpret_cast<const float*>(parameters[1]),
+                                                 reinterpret_cast<const float*>(statistics[0]),
+                                                 reinterpret_cast<const float*>(statistics[1]),
+                                                 reinterpret_cast<float*>(grads[0]),
+                                                 reinterpret_cast<float*>(grads[1]),
+                                                 batch,
+                                                 channels,
+                                                 spatial,
+                                                 groups,
+                                                 channels_last,
+                                                 silu,
+                                                 static_cast<dove::Dtype>(dtype),
+                                                 num_threads};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(group_norm_silu_backward)(params, chosen);
+}
+
 void eos_scan_cpu(uintptr_t states, int64_t state_stride, uintptr_t cu_seqlens, uintptr_t weight, uintptr_t bias,
                   float limit, uintptr_t steps, int32_t max_length, uintptr_t logits, uintptr_t lengths, int64_t rows,
                   int64_t width, int dtype, int num_threads, const std::string& isa) {
@@ -281,6 +308,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("prefix_attention_cpu", &prefix_attention_cpu);
   module.def("vq_lookup_cpu", &vq_lookup_cpu);
   module.def("group_norm_silu_cpu", &group_norm_silu_cpu);
+  module.def("group_norm_silu_backward_cpu", &group_norm_silu_backward_cpu);
 #ifdef DOVE_CUDA
   module.def("pack_cuda", cuda_pack(&dove::cuda::pack));
   module.def("unpack_cuda", cuda_pack(&dove::cuda::unpack));

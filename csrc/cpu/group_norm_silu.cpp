@@ -91,7 +91,7 @@ class Images {
     const int64_t rows = std::min(kRows, p_.spatial - slab * kRows);
     // By channel: k, sum d, sum d^2.
     float *shift = scratch, *sum = shift + padded_, *squares = sum + padded_;
-    columns([&](int64_t c, auto read, auto) {
+    for_vectors<T>(p_.channels, [&](int64_t c, auto read, auto) {
       store(shift + c, read(x + c));
       store(sum + c, Vec{});
       store(squares + c, Vec{});
@@ -137,24 +137,9 @@ class Images {
   int64_t scratch_size() const { return 3 * padded_; }
 
  private:
-  // Calls body(channel, read, write) for every vector of channels; read(p) and write(p, value) take the last one's
-  // part.
-  template <typename Body>
-  void columns(const Body& body) const {
-    const int64_t rest = p_.channels % kLanes;
-    for (int64_t c = 0; c < p_.channels - rest; c += kLanes) {
-      body(c, [](const T* at) { return load(at); }, [](T* at, Vec value) { store(at, value); });
-    }
-    if (rest > 0) {
-      body(
-          p_.channels - rest, [=](const T* at) { return load_part(at, rest); },
-          [=](T* at, Vec value) { store_part(at, value, rest); });
-    }
-  }
-
   template <int64_t kCount>
   void add(const T* x, float* scratch) const {
-    columns([&](int64_t c, auto read, auto) {
+    for_vectors<T>(p_.channels, [&](int64_t c, auto read, auto) {
       const Vec shift = load(scratch + c);
       Vec sum = load(scratch + padded_ + c), squares = load(scratch + 2 * padded_ + c);
 #pragma GCC unroll 4
@@ -174,7 +159,7 @@ class Images {
     const T* x = static_cast<const T*>(p_.x) + offset;
     T* out = static_cast<T*>(p_.out) + offset;
     const float* affine = affine_.data() + unit * 3 * padded_;
-    columns([&](int64_t c, auto read, auto write) {
+    for_vectors<T>(p_.channels, [&](int64_t c, auto read, auto write) {
       const Vec shift = load(affine + c), scale = load(affine + padded_ + c), add = load(affine + 2 * padded_ + c);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kCount; ++r) {

@@ -38,9 +38,12 @@ def group_norm_silu(
     the batch nor the number of threads, bit for bit. NaN or infinity in a group makes the group NaN.
     Memory traffic: x is read twice, the second time from the cache where a group (contiguous) or an image
     (channels-last) fits there; the result is written once; nothing else of x's size is allocated.
-    Backward for x, weight and bias keeps x and the statistics, and computes the normalised activations again. A second
-    derivative is not implemented: asking for one raises.
-    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
+    Backward for x, weight and bias keeps x and the statistics, and computes the normalised activations again. On the
+    CPU that too is two passes that allocate nothing else of x's size; sums are in fp32 over parts of an image, which
+    the shape decides, and in fp64 over parts and images in their order: threads do not matter, nor, for x's gradient,
+    does the rest of the batch. A second derivative is not implemented: asking for one raises `RuntimeError`.
+    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference, and so does the
+    backward of "triton").
     Raises `TypeError` for other types or dtypes, `ValueError` for shapes that do not fit, an unknown activation or
     tensors on different devices, `BackendError` where the backend cannot run.
     Source: METHOD section 1, the VQGAN's GroupNorm(32) + SiLU; Wu and He, Group Normalization (arXiv 1803.08494).
@@ -77,6 +80,10 @@ _LIBRARY.define(
     "group_norm_silu(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, str? activation,"
     " str? backend=None) -> (Tensor out, Tensor mean, Tensor rstd)"
 )
+_LIBRARY.define(
+    "group_norm_silu_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
+    " str? activation, str? backend=None) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+)
 
 
 def _group_norm_silu(
@@ -93,7 +100,23 @@ def _group_norm_silu(
     return out, mean, rstd
 
 
+def _group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    function = registry.implementation("group_norm_silu_backward", backend, x)
+    grad_x, grad_weight, grad_bias = function(grad, x, mean, rstd, weight, bias, activation)
+    return grad_x, grad_weight, grad_bias
+
+
 _LIBRARY.impl("group_norm_silu", _group_norm_silu, "CompositeExplicitAutograd")
+_LIBRARY.impl("group_norm_silu_backward", _group_norm_silu_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dove_fast::group_norm_silu", lib=_LIBRARY)
@@ -110,6 +133,14 @@ def _fake(
     return torch.empty_like(reference.dense(x)), statistics, torch.empty_like(statistics)
 
 
+@torch.library.register_fake("dove_fast::group_norm_silu_backward", lib=_LIBRARY)
+def _fake_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(reference.dense(x))
+    return grad_x, mean.new_empty(weight.shape), mean.new_empty(bias.shape)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, ctx.backend = inputs
     _, mean, rstd = output
@@ -119,37 +150,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad: Tensor, _mean: Tensor | None, _rstd: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    batch, channels, *space = x.shape
-    # aten takes channels-last on the CPU alone, and statistics in its input's dtype.
-    on_cpu = x.dim() == 4 and x.device.type == "cpu" and reference.channels_innermost(x)
-    layout = torch.channels_last if on_cpu else torch.contiguous_format
-    wide_x, wide_weight = x.to(mean.dtype).contiguous(memory_format=layout), weight.to(mean.dtype)
-    grad = grad.to(mean.dtype)
-    if ctx.activation == "silu":
-        normalised, _, _ = torch.ops.dove_fast.group_norm_silu(
-            wide_x, ctx.num_groups, wide_weight, bias.to(mean.dtype), ctx.eps, None, ctx.backend
-        )
-        grad = torch.ops.aten.silu_backward(grad, normalised)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-        grad.contiguous(memory_format=layout),
-        wide_x,
-        mean,
-        rstd,
-        wide_weight,
-        batch,
-        channels,
-        torch.Size(space).numel(),
-        ctx.num_groups,
-        [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]],
+    found = torch.ops.dove_fast.group_norm_silu_backward(grad, x, mean, rstd, weight, bias, ctx.activation, ctx.backend)
+    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+    grad_x, grad_weight, grad_bias = (
+        g.to(tensor.dtype) if wanted else None
+        for g, tensor, wanted in zip(found, (x, weight, bias), needed, strict=True)
     )
-    grads = [
-        None if g is None else g.to(tensor.dtype)
-        for g, tensor in ((grad_x, x), (grad_weight, weight), (grad_bias, bias))
-    ]
-    return grads[0], None, grads[1], grads[2], None, None, None
+    return grad_x, None, grad_weight, grad_bias, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "group_norm_silu has no second derivative: use F.silu(F.group_norm(...)) where a gradient is differentiated"
+    )
 
 
 torch.library.register_autograd("dove_fast::group_norm_silu", _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd(
+    "dove_fast::group_norm_silu_backward", _no_second_derivative, setup_context=_save_nothing, lib=_LIBRARY
+)
 
 registry.register(
     "group_norm_silu",
@@ -162,4 +185,15 @@ registry.register(
         dtypes=frozenset((*TRITON_TYPES, torch.float64)),
     ),
     reference=Implementation(reference.group_norm_silu),
+)
+registry.register(
+    "group_norm_silu_backward",
+    cpu=Implementation(
+        native.group_norm_silu_backward_cpu,
+        missing=extension.why_no_native,
+        dtypes=frozenset((*DTYPE_CODES, torch.float64)),
+    ),
+    # There is no kernel of ours: the reference, so that whoever asks for "triton" can train.
+    triton=Implementation(reference.group_norm_silu_backward, missing=why_no_triton),
+    reference=Implementation(reference.group_norm_silu_backward),
 )

@@ -1,4 +1,4 @@
-"""group_norm_silu in the native module; `csrc/cpu/group_norm_silu.cpp` says in which order the sums are taken."""
+"""group_norm_silu in the native module; its sources in `csrc/cpu` say in which order the sums are taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from dove_fast import native
 from dove_fast.ops.arguments import DTYPE_CODES, as_float32
 from dove_fast.ops.group_norm_silu import reference
-from dove_fast.ops.group_norm_silu.reference import channels_innermost, dense
+from dove_fast.ops.group_norm_silu.reference import channels_innermost, dense, like
 
 
 def group_norm_silu_cpu(
@@ -45,3 +45,41 @@ def group_norm_silu_cpu(
         _isa,
     )
     return out, mean, rstd
+
+
+def group_norm_silu_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str | None,
+    *,
+    _isa: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.group_norm_silu_backward`, for CPU tensors; float64 goes there. `_isa` is as above."""
+    if x.dtype not in DTYPE_CODES:
+        return reference.group_norm_silu_backward(grad, x, mean, rstd, weight, bias, activation)
+    x = dense(x)
+    grad = like(grad.to(x.dtype), x)
+    mean, rstd, weight, bias = (as_float32(t) for t in (mean, rstd, weight, bias))
+    batch, channels = x.shape[:2]
+    grad_x = torch.empty_like(x)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    native.load().group_norm_silu_backward_cpu(
+        (grad.data_ptr(), x.data_ptr(), grad_x.data_ptr()),
+        (weight.data_ptr(), bias.data_ptr()),
+        (mean.data_ptr(), rstd.data_ptr()),
+        (grad_weight.data_ptr(), grad_bias.data_ptr()),
+        batch,
+        channels,
+        x.shape[2:].numel(),
+        mean.shape[1],
+        channels_innermost(x),
+        activation == "silu",
+        DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+        _isa,
+    )
+    return grad_x, grad_weight, grad_bias
