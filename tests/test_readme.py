@@ -45,3 +45,11 @@ def test_python_blocks(tmp_path):
     assert names["again"].shape == (8, 3, 64, 64)
     assert names["store"][0].key == "astronaut.jpg"
     assert names["item"].index == 7
+
+
+def test_the_training_loop_of_the_docs():
+    text = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(block, "TRAINING.md", "exec"), names)
+    assert names["loss"].threshold.value > 0 and names["terms"].total.isfinite()

@@ -25,6 +25,7 @@ class StepResult:
 
     terms: the losses. reconstruction: (B, 3, S, S), detached. lengths: (B,) int64; 1 for the VQGAN alone, which has
     none. codes: (B, h, w) int64, where the codebook is trained. grid: (B, C, h, w) what was quantised, detached.
+    positions: the generator's that were computed with gradients, and those of the plain forward.
     """
 
     terms: LossTerms
@@ -32,6 +33,7 @@ class StepResult:
     lengths: Tensor
     codes: Tensor | None
     grid: Tensor
+    positions: tuple[int, int]
 
 
 class Objective(nn.Module):
@@ -69,11 +71,13 @@ class Objective(nn.Module):
             reconstruction = model.render(grid)
             counts = torch.ones(len(images), dtype=torch.int64, device=images.device)
             logits = grid.new_zeros((len(images), 1), dtype=torch.float32)
+            positions = 0, 0
         else:
             found = training_forward(
                 model, images, queries, lengths=lengths, block_size=LENGTH_BLOCK, recompute=self.recompute
             )
             grid, reconstruction, counts, logits = found.grid, found.reconstruction, found.lengths, found.eos_logits
+            positions = found.positions_computed, found.positions_of_all
         codes, terms = None, None
         if config.codebook_weight or config.commitment_weight:
             _, codes = model.vqgan.quantize(grid.detach())
@@ -89,7 +93,7 @@ class Objective(nn.Module):
             codebook=terms,
             last_layer=model.vqgan.decoder.conv_out.weight if config.adaptive_adversarial else None,
         )
-        return StepResult(losses, reconstruction.detach().float(), counts, codes, grid.detach())
+        return StepResult(losses, reconstruction.detach().float(), counts, codes, grid.detach(), positions)
 
     def random_lengths(self, batch: int, generator: torch.Generator) -> list[int]:
         """Draw `batch` lengths from 1 to T, for a step that teaches every prefix to reconstruct."""

@@ -1,13 +1,15 @@
 """Cut photographs into the shards that the tiny model is trained and validated on.
 
 `python prepare.py PHOTOS OUT` takes every picture below PHOTOS but drawings and previews, sets aside every eighth
-picture with all its variants, and writes OUT/train-*.tar and OUT/held-out-*.tar of square crops at many scales.
+picture with all its variants, and writes OUT/train/*.tar and OUT/held-out/*.tar of square crops at many scales, each
+with captioned regions for Q-DOVE.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import tarfile
 import zlib
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from regions import regions
 
 from dove_fast.data import DecodeError, decode_image, list_inputs
 
@@ -53,9 +56,9 @@ def crops(image: Image.Image, count: int, seed: int) -> Iterator[Image.Image]:
         yield image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
 
 
-def write_shards(out: Path, name: str, pictures: list[tuple[str, Path]]) -> int:
+def write_shards(out: Path, label: str, pictures: list[tuple[str, Path]]) -> int:
     """Write the crops of all pictures in a mixed order; returns how many."""
-    made: list[tuple[str, bytes]] = []
+    made: list[tuple[str, bytes, bytes]] = []
     for key, path in pictures:
         try:
             image = decode_image(path).image
@@ -63,17 +66,21 @@ def write_shards(out: Path, name: str, pictures: list[tuple[str, Path]]) -> int:
             print(f"left out {key}: {error}")
             continue
         seed = zlib.crc32(key.encode())
+        random = np.random.default_rng((seed, 1))
         for number, crop in enumerate(crops(image, CROPS_PER_PICTURE, seed)):
             buffer = io.BytesIO()
             crop.save(buffer, "PNG")
-            made.append((f"{group_of(key)}-{seed:08x}-{number:03d}.png", buffer.getvalue()))
+            captions = json.dumps({"width": SIZE, "height": SIZE, "regions": regions(np.asarray(crop), random)})
+            made.append((f"{group_of(key)}-{seed:08x}-{number:03d}", buffer.getvalue(), captions.encode()))
     order = np.random.default_rng(0).permutation(len(made))
     for shard, start in enumerate(range(0, len(made), CROPS_PER_SHARD)):
-        with tarfile.open(out / f"{name}-{shard:04d}.tar", "w") as tar:
+        with tarfile.open(out / f"{label}-{shard:04d}.tar", "w") as tar:
             for index in order[start : start + CROPS_PER_SHARD]:
-                member = tarfile.TarInfo(made[index][0])
-                member.size = len(made[index][1])
-                tar.addfile(member, io.BytesIO(made[index][1]))
+                key, picture, captions = made[index]
+                for name, content in ((f"{key}.png", picture), (f"{key}.json", captions)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
     return len(made)
 
 
