@@ -195,6 +195,26 @@ def test_gradients(backend, device, causal):
     assert_close(single.qkv.grad, expected, RELATIVE[torch.float32])
 
 
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "causal"), [([3, 3, 3], False), ([3, 0, 2], False), ([5, 0, 1, 4], True), ([1], True), ([0, 0], True)]
+)
+def test_gradients_padded_or_not(backend, device, dtype, lengths, causal):
+    """Rows that fill their places, rows that do not, and rows without an entry, against fp64."""
+    skip_wrong_arithmetic(backend, device, dtype)
+    case = make(lengths, head_dim=8, rotary_dim=4, dtype=dtype, device=device)
+    weight = torch.randn(sum(lengths), 2, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    grads = []
+    for one in (case, replace(case, qkv=case.qkv.double())):
+        qkv = one.qkv.detach().requires_grad_()
+        out = replace(one, qkv=qkv).run(backend if one is case else "reference", causal=causal)
+        grads.append(torch.autograd.grad((out * weight.to(out.dtype)).sum(), qkv)[0])
+    assert grads[0].dtype == dtype and grads[0].shape == case.qkv.shape
+    if sum(lengths):
+        assert_close(grads[0], grads[1], RELATIVE[dtype])
+
+
 def test_no_gradient_through_a_cache():
     case = make([3], [2])
     case.qkv.requires_grad_()

@@ -12,6 +12,7 @@ from dove_fast.ops import registry
 from dove_fast.ops.arguments import DTYPE_CODES, check_dtype, check_int, check_number, check_tensor, dtype_name
 from dove_fast.ops.launch import deferred, why_no_triton
 from dove_fast.ops.prefix_attention import native, reference
+from dove_fast.ops.prefix_attention.gradients import gradients
 from dove_fast.ops.prefix_attention.reference import Cache
 from dove_fast.ops.registry import Implementation
 
@@ -239,7 +240,7 @@ def _prefix_attention_cached(
 
 
 _LIBRARY.impl("prefix_attention", _prefix_attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("prefix_attention_backward", reference.backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("prefix_attention_backward", gradients, "CompositeExplicitAutograd")
 _LIBRARY.impl("prefix_attention_cached", _prefix_attention_cached, "CompositeExplicitAutograd")
 
 

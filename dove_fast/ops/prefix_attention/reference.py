@@ -34,7 +34,7 @@ def prefix_attention(
     cache: Cache | None = None,
 ) -> Tensor:
     """Return (total, H, D); with a cache, write the rotated k and v into it. Sums are in fp32 or better."""
-    row, step = _rows(cu_seqlens, q.shape[0])
+    row, step = rows_and_steps(cu_seqlens, q.shape[0])
     position = step if cache is None else step + cache.starts.long()[row]
     q, k = rotate(q, cos, sin, position), rotate(k, cos, sin, position)
     if cache is not None:
@@ -42,47 +42,11 @@ def prefix_attention(
         cache.keys[slot, :, position] = k
         cache.values[slot, :, position] = v
     out = q.new_zeros(q.shape)
-    for some in _chunks(cu_seqlens, q.shape[1], max_seqlen, cache):
-        padded = _Padded.gather(some, cu_seqlens, max_seqlen, q, k, v, cache, causal, key_lengths)
+    for some in chunks(cu_seqlens, q.shape[1], max_seqlen, cache):
+        padded = Padded.gather(some, cu_seqlens, max_seqlen, q, k, v, cache, causal, key_lengths)
         attended = padded.probabilities(scale) @ padded.values
-        _scatter(out, attended.transpose(1, 2), some, row, step)
+        scatter(out, attended.transpose(1, 2), some, row, step)
     return out
-
-
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    cos: Tensor,
-    sin: Tensor,
-    causal: bool,
-    key_lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, for a call without a cache; the probabilities are computed again."""
-    row, step = _rows(cu_seqlens, q.shape[0])
-    turned_q, turned_k = rotate(q, cos, sin, step), rotate(k, cos, sin, step)
-    grads = [torch.zeros_like(turned_q) for _ in range(3)]
-    for some in _chunks(cu_seqlens, q.shape[1], max_seqlen, None):
-        padded = _Padded.gather(some, cu_seqlens, max_seqlen, turned_q, turned_k, v, None, causal, key_lengths)
-        p = padded.probabilities(scale)
-        grad_out = _pad(grad, cu_seqlens, some, max_seqlen).to(p.dtype).transpose(1, 2)
-        grad_p = grad_out @ padded.values.transpose(2, 3)
-        # The softmax's backward: p * (grad_p - sum(p * grad_p)).
-        grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * scale
-        found = (
-            grad_scores @ padded.keys,
-            grad_scores.transpose(2, 3) @ padded.queries,
-            p.transpose(2, 3) @ grad_out,
-        )
-        for target, part in zip(grads, found, strict=True):
-            _scatter(target, part.transpose(1, 2), some, row, step)
-    # A turn's gradient is turned back.
-    grad_q, grad_k = rotate(grads[0], cos, -sin, step), rotate(grads[1], cos, -sin, step)
-    return grad_q, grad_k, grads[2]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
@@ -98,7 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
 
 
-def _rows(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def rows_and_steps(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Return each entry's row and its place in it, both (total,) int64."""
     entry = torch.arange(total, device=cu_seqlens.device)
     offsets = cu_seqlens.long()
@@ -106,7 +70,7 @@ def _rows(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return row, entry - offsets[row]
 
 
-def _chunks(cu_seqlens: Tensor, heads: int, max_seqlen: int, cache: Cache | None) -> list[slice]:
+def chunks(cu_seqlens: Tensor, heads: int, max_seqlen: int, cache: Cache | None) -> list[slice]:
     """Return slices of the rows whose scores fit into MAX_ELEMENTS, one row at least."""
     keys = max_seqlen + (cache.keys.shape[2] if cache is not None else 0)
     step = max(1, MAX_ELEMENTS // max(1, heads * max_seqlen * keys))
@@ -114,7 +78,7 @@ def _chunks(cu_seqlens: Tensor, heads: int, max_seqlen: int, cache: Cache | None
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _pad(values: Tensor, cu_seqlens: Tensor, some: slice, length: int) -> Tensor:
+def pad(values: Tensor, cu_seqlens: Tensor, some: slice, length: int) -> Tensor:
     """Return rows `some` of ragged values (total, *) as (rows, length, *), zero behind each row's end."""
     starts, ends = cu_seqlens[:-1].long()[some], cu_seqlens[1:].long()[some]
     index = starts[:, None] + torch.arange(length, device=values.device)
@@ -125,7 +89,7 @@ def _pad(values: Tensor, cu_seqlens: Tensor, some: slice, length: int) -> Tensor
     return torch.where(found.view(*found.shape, *(1,) * (values.dim() - 1)), taken, torch.zeros_like(taken))
 
 
-def _scatter(out: Tensor, padded: Tensor, some: slice, row: Tensor, step: Tensor) -> None:
+def scatter(out: Tensor, padded: Tensor, some: slice, row: Tensor, step: Tensor) -> None:
     """Write the entries of rows `some` from padded (rows, length, *) into out (total, *)."""
     inside = (row >= some.start) & (row < some.stop)
     index = (row - some.start).clamp(0, padded.shape[0] - 1)
@@ -133,7 +97,7 @@ def _scatter(out: Tensor, padded: Tensor, some: slice, row: Tensor, step: Tensor
     out.copy_(torch.where(inside[:, None, None], taken, out))
 
 
-class _Padded(NamedTuple):
+class Padded(NamedTuple):
     """Rows as a batch: queries (B, H, L, D), keys and values (B, H, M + L, D) in fp32 or better, and what sees what."""
 
     queries: Tensor
@@ -153,9 +117,10 @@ class _Padded(NamedTuple):
         cache: Cache | None,
         causal: bool,
         key_lengths: Tensor | None,
-    ) -> _Padded:
+    ) -> Padded:
+        """Lay out rows `some` of ragged q, k and v, behind what the cache holds of them."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        queries, keys, values = (_pad(t, cu_seqlens, some, length).transpose(1, 2).to(wide) for t in (q, k, v))
+        queries, keys, values = (pad(t, cu_seqlens, some, length).transpose(1, 2).to(wide) for t in (q, k, v))
         lengths = cu_seqlens.diff().long()[some]
         place = torch.arange(length, device=q.device)
         if key_lengths is not None:
