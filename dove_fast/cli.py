@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_STOPPED
     except (DoveError, ValueError, TypeError, OSError, ImportError) as error:
-        from dove_fast.jobs import JobError
+        from dove_fast.failures import JobError
 
         return _fail(EXIT_STOPPED if isinstance(error, JobError) else EXIT_REFUSED, str(error))
     except Exception:

@@ -63,8 +63,11 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, added ones included. Raises `ImportError` and `CheckpointError` as `encode`."""
-        return self._tokenizer().get_vocab_size(with_added_tokens=True)
+        """How many ids an embedding needs: the largest one of all tokens, plus 1; an id in between may be free.
+
+        Raises `ImportError` and `CheckpointError` as `encode`.
+        """
+        return max(self._tokenizer().get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def to_json(self) -> str:
         """Return the text of the file."""

@@ -68,20 +68,26 @@ def crop_boxes(
 ) -> list[tuple[int, int, int, int]] | None:
     """Return boxes in whole pixels of the crop (left, top, right, bottom), or None where it leaves nothing of one.
 
-    boxes are measured in `frame` (width, height), which may differ from the picture's (width, height) in pixels. A
-    box covers every pixel that it touches by half.
+    boxes are measured in `frame` (width, height), which may differ from the picture's (width, height) in pixels. A box
+    is the pixels whose centres it holds; where it holds none, nothing is left of it.
     """
     kept = []
     for left, top, right, bottom in boxes:
-        xs = [(x / frame[0] * picture[0] - crop.left) / crop.side * size for x in (left, right)]
-        ys = [(y / frame[1] * picture[1] - crop.top) / crop.side * size for y in (top, bottom)]
-        if crop.mirrored:
-            xs = [size - xs[1], size - xs[0]]
-        x0, x1, y0, y1 = (min(max(math.floor(edge + 0.5), 0), size) for edge in (*xs, *ys))
-        if x0 >= x1 or y0 >= y1:
+        scale = size / crop.side
+        horizontal, vertical = picture[0] / frame[0], picture[1] / frame[1]
+        xs = _whole_pixels((left * horizontal - crop.left) * scale, (right * horizontal - crop.left) * scale, size)
+        ys = _whole_pixels((top * vertical - crop.top) * scale, (bottom * vertical - crop.top) * scale, size)
+        if xs is None or ys is None:
             return None
-        kept.append((x0, y0, x1, y1))
+        if crop.mirrored:
+            xs = size - xs[1], size - xs[0]
+        kept.append((xs[0], ys[0], xs[1], ys[1]))
     return kept
+
+
+def _whole_pixels(first: float, last: float, size: int) -> tuple[int, int] | None:
+    begin, end = (min(max(math.floor(edge + 0.5), 0), size) for edge in (first, last))
+    return (begin, end) if begin < end else None
 
 
 def region_mask(boxes: Sequence[tuple[int, int, int, int]], size: int) -> Tensor:

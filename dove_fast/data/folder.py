@@ -11,7 +11,7 @@ __all__ = ["ImageFolder"]
 
 
 class ImageFolder:
-    """Every picture that `list_inputs` finds, without texts; the order is that of the keys.
+    """Every picture that `list_inputs` finds, in its order, without texts.
 
     Raises what `list_inputs` raises.
     """

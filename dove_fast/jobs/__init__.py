@@ -2,14 +2,13 @@
 
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, summarize_checkpoint, summarize_store
 from dove_fast.jobs.loading import LoadedModel, load_model
-from dove_fast.jobs.outcome import JobError, Progress
+from dove_fast.jobs.progress import Progress
 from dove_fast.jobs.queries import read_queries
 from dove_fast.jobs.reconstruct import ReconstructReport, reconstruct
 from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, tokenize
 
 __all__ = [
     "CheckpointSummary",
-    "JobError",
     "LoadedModel",
     "Progress",
     "ReconstructReport",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
-from dove_fast.jobs.outcome import OnProgress, Progress
+from dove_fast.jobs.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

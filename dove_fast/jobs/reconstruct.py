@@ -15,8 +15,9 @@ import torch
 
 from dove_fast.atomic import is_temporary, remove_temporaries, replacing
 from dove_fast.errors import StoreError
+from dove_fast.failures import stopping
 from dove_fast.jobs.loading import LoadedModel
-from dove_fast.jobs.outcome import OnProgress, Progress, stopping
+from dove_fast.jobs.progress import OnProgress, Progress
 from dove_fast.models.inputs import check_length_options
 from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import settings_id

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dove_fast.data import ImageInput, Loaded, SetAside, ShortSideCenterCrop, list_inputs, load_image, prefetch
+from dove_fast.failures import stopping
 from dove_fast.generation import LengthHistogram, StreamItem, TokenStream
 from dove_fast.jobs.loading import LoadedModel
-from dove_fast.jobs.outcome import OnProgress, Progress, stopping
+from dove_fast.jobs.progress import OnProgress, Progress
 from dove_fast.jobs.queries import Ids, check_against, encode_texts, hash_queries
 from dove_fast.models.inputs import check_length_options
 from dove_fast.ragged import RaggedTokens

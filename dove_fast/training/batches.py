@@ -20,6 +20,7 @@ from torch import Tensor
 from dove_fast.data import DecodeError, decode_image, prefetch
 from dove_fast.data.crop import RandomCrop, crop_boxes, cut, region_mask
 from dove_fast.data.samples import Sample, Samples
+from dove_fast.failures import JobError
 
 if TYPE_CHECKING:
     from dove_fast.text import TextTokenizer
@@ -63,7 +64,8 @@ class Batches:
     is `rank`. text_dropout: the share of texts left out. longest_query: token ids at most; a longer text is left out.
     Every epoch goes through all samples in another order. A sample that cannot be used, as its picture cannot be
     decoded or the crop leaves nothing of one of its boxes, is counted and another one drawn at random in its place.
-    Raises `ValueError` for no samples or a batch that the processes cannot share.
+    Raises `ValueError` for no samples or a batch that the processes cannot share; then `JobError` for data of which
+    nothing can be used.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class Batches:
                 return found
             left_out[found] += 1
             index = int(random.integers(len(self.samples)))
-        raise ValueError(f"{MOST_TRIES} samples in a row could not be used, the last one for: {found}; check the data")
+        raise JobError(f"{MOST_TRIES} samples in a row could not be used, the last one for: {found}; check the data")
 
     def _load(self, sample: Sample, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor] | str:
         """Return image, ids and mask of a sample, or why it cannot be used."""
@@ -119,7 +121,7 @@ class Batches:
         ids = torch.empty(0, dtype=torch.int64)
         if reads_text:
             if self.tokenizer is None:
-                raise ValueError("the data have texts, but the model has no tokenizer; give [model] tokenizer")
+                raise JobError("the data have texts, but the model has no tokenizer; give [model] tokenizer")
             ids = self.tokenizer.encode(sample.text)
             if len(ids) > self.longest_query:
                 return "text too long"

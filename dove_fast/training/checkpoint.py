@@ -30,6 +30,7 @@ __all__ = [
     "load_optimizer",
     "optimizer_tensors",
     "read_checkpoint",
+    "read_models",
     "remove_unfinished",
     "write_checkpoint",
 ]
@@ -38,6 +39,8 @@ CHECKPOINTS = "checkpoints"
 MODEL, AVERAGED, TENSORS, STATE = "model", "ema", "training.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{9,})")
 FORMAT_VERSION = 1
+# What a state must have, and be.
+STATE_TYPES: dict[str, Any] = {"step": int, "skipped": int, "samples": int, "threshold": dict, "left_out": dict}
 
 
 @dataclass
@@ -73,16 +76,20 @@ def load_optimizer(
     prefix: str,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give an optimiser the moments that `optimizer_tensors` returned. Raises `CheckpointError` for missing ones."""
+    """Give an optimiser the moments that `optimizer_tensors` returned.
+
+    A parameter that never had a gradient has none. Raises `CheckpointError` for one that has a part of them.
+    """
     found: dict[str, dict[str, Tensor]] = {name: {} for name, _ in parameters}
     for full, tensor in tensors.items():
         owner, _, rest = full.partition(".")
         key, _, name = rest.partition(".")
         if owner == prefix and name in found:
             found[name][key] = tensor
-    missing = [name for name, state in found.items() if not state]
-    if missing and len(missing) < len(found):
-        raise CheckpointError(f"the checkpoint has no moments of {len(missing)} parameters, the first is {missing[0]}")
+    keys = {key for state in found.values() for key in state}
+    for name, state in found.items():
+        if state and state.keys() != keys:
+            raise CheckpointError(f"the checkpoint lacks {prefix}.{min(keys - state.keys())}.{name}")
     for name, parameter in parameters:
         for key, tensor in found[name].items():
             # The count of steps has a device of its own.
@@ -97,7 +104,7 @@ def write_checkpoint(
     """Write a checkpoint of `state.step`, then remove all but the last `keep`. Returns its directory."""
     root = output / CHECKPOINTS
     make_directory(root)
-    target = root / f"step-{state.step:09d}"
+    target = root / _name(state.step)
     if target.exists():
         # A run that went on from it and did no step.
         return target
@@ -120,7 +127,10 @@ def write_checkpoint(
         raise
     sync_directory(root)
     for _, old in _all_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first, so that no half of it is ever taken for a checkpoint.
+        doomed = root / f".dove-{secrets.token_hex(8)}.tmp"
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
     return target
 
 
@@ -142,15 +152,33 @@ def remove_unfinished(output: Path) -> None:
 def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], RunState]:
     """Return what `write_checkpoint` was given beside the models. Raises `CheckpointError` for a damaged one."""
     try:
-        values = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        values = dict(json.loads((directory / STATE).read_text(encoding="utf-8")))
         version = values.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{directory} has format version {version}, this package reads {FORMAT_VERSION}")
-        return safetensors.torch.load_file(directory / TENSORS), RunState(**values)
+        state = RunState(**{name: kind(values.pop(name)) for name, kind in STATE_TYPES.items()}, **values)
+        tensors = safetensors.torch.load_file(directory / TENSORS)
+        if directory.name != _name(state.step):
+            raise ValueError(f"its state is that of step {state.step}")
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{directory} is damaged ({error}); remove it to go on from the checkpoint before it"
-        ) from error
+        raise _damaged(directory, error) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{directory} has format version {version}, this package reads {FORMAT_VERSION}")
+    return tensors, state
+
+
+def read_models(directory: Path, *, averaged: bool) -> tuple[DOVE, DOVE | None]:
+    """Return a checkpoint's model and, if asked for, its averaged weights. Raises `CheckpointError`."""
+    try:
+        return DOVE.from_pretrained(directory / MODEL), DOVE.from_pretrained(directory / AVERAGED) if averaged else None
+    except (OSError, CheckpointError) as error:
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{directory} is damaged ({error!r}); remove it to go on from the checkpoint before it")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def _all_checkpoints(root: Path) -> list[tuple[int, Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,10 @@ def _check(section: Any, name: str) -> None:
             allowed: tuple[type, ...] = (int,) if kind is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, allowed):
                 raise TypeError(f"[{name}] {key} must be {'an int' if kind is int else 'a number'}, got {value!r}")
-            number = float(value)  # type: ignore[arg-type]
+            try:
+                number = float(value)  # type: ignore[arg-type]
+            except OverflowError:
+                number = math.inf
             if not math.isfinite(number) or number < 0:
                 raise ValueError(f"[{name}] {key} must be finite and not negative, got {value}")
         elif not isinstance(value, kind):
@@ -148,6 +152,8 @@ class RunConfig:
         _check_choice(self, "run", "frozen", FROZEN)
         _check_choice(self, "run", "precision", PRECISIONS)
         _check_above_zero(self, "run", "steps", "batch_size", "accumulation")
+        if self.seed >= 2**63:
+            raise ValueError(f"[run] seed must be below 2**63, got {self.seed}")
         if not self.output:
             raise ValueError("[run] output must name the run's directory")
         if self.ema_decay >= 1:
@@ -228,9 +234,9 @@ class PerceptualConfig:
 class ReportConfig:
     """[report]: every how many steps a run writes what; 0 for never, but for the checkpoint at the end.
 
-    log_steps: a line of log.jsonl. validation_steps, validation_images: losses and lengths on held-out pictures.
-    picture_steps, pictures: reconstructions, and the histogram of lengths. checkpoint_steps, keep_checkpoints: how
-    often, and how many of the last are kept. tensorboard: the same figures for TensorBoard.
+    log_steps: a line of log.jsonl. validation_steps, validation_images: losses and lengths on held-out pictures, whole
+    batches of them. picture_steps, pictures: reconstructions, and the histogram of lengths. checkpoint_steps,
+    keep_checkpoints: how often, and how many of the last are kept. tensorboard: the same figures for TensorBoard.
     """
 
     log_steps: int = 50
@@ -282,6 +288,8 @@ class TrainConfig:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise FileNotFoundError(f"no such configuration: {path}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
         toml = _toml()
         try:
             values = toml.loads(text)
@@ -327,7 +335,12 @@ def _section(kind: Any, table: object, name: str) -> Any:
     unknown = sorted(set(table) - set(known))
     if unknown:
         raise ValueError(f"[{name}] has no field {unknown[0]!r}; the fields are {', '.join(known)}")
-    return kind(**table)
+    try:
+        return kind(**table)
+    except (TypeError, ValueError) as error:
+        # A class may serve two sections, and that of the losses knows of none.
+        text = re.sub(r"^(\[\w+\] |\w+\.)", "", str(error))
+        raise type(error)(f"[{name}] {text}") from None
 
 
 def _toml() -> Any:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dove_fast.errors import BackendError
+
 __all__ = ["Ranks", "any_over_ranks", "average_gradients", "is_distributed", "mean_over_ranks", "process_group"]
 
 
@@ -41,13 +43,17 @@ def is_distributed() -> bool:
 def process_group(device: str | None = None) -> Iterator[Ranks]:
     """Join the group that `torchrun` started, or be alone, until the block ends.
 
-    device: "cpu" or "cuda", None for a GPU where there is one; every process takes the GPU of its local rank.
+    device: "cpu" or "cuda", None for a GPU where there is one; every process takes the GPU of its local rank. Raises
+    `BackendError` for one that is not here.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if kind == "cuda" and local >= count:
+        raise BackendError(f"device cuda:{local} is not here: torch sees {count} CUDA devices; use --device cpu")
+    here = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if "WORLD_SIZE" not in os.environ:
-        yield Ranks(0, 1, torch.device(kind))
+        yield Ranks(0, 1, here)
         return
-    here = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -85,6 +91,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if not is_distributed():
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ class RunLog:
         kept = [line for line in read_log(output) if line["step"] <= step]
         with replacing(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
-        self._file = path.open("a", encoding="utf-8")
         self._board: Any = _summary_writer(output / TENSORBOARD, step) if tensorboard else None
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one line: `kind`, "train" or "validation", after `step` steps, and its figures."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        # JSON has no NaN.
+        written = {name: None if _not_finite(value) else value for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **written}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -93,6 +96,10 @@ def histogram_picture(lengths: Tensor, most: int) -> Tensor:
     for bar, height in enumerate(heights):
         canvas[HISTOGRAM_HEIGHT - height :, bar * BAR : (bar + 1) * BAR - 1] = FOREGROUND
     return torch.from_numpy(canvas).expand(3, -1, -1).contiguous()
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _summary_writer(directory: Path, step: int) -> Any:

@@ -24,8 +24,8 @@ class StepResult:
     """What a batch came to.
 
     terms: the losses. reconstruction: (B, 3, S, S), detached. lengths: (B,) int64; 1 for the VQGAN alone, which has
-    none. codes: (B, h, w) int64, where the codebook is trained. grid: (B, C, h, w) what was quantised, detached.
-    positions: the generator's that were computed with gradients, and those of the plain forward.
+    none. codes: (B, h, w) int64, where the terms of the codebook are weighed. grid: (B, C, h, w), detached, what was
+    quantised. positions: the generator's that were computed with gradients, and those of the plain forward.
     """
 
     terms: LossTerms
@@ -94,10 +94,6 @@ class Objective(nn.Module):
             last_layer=model.vqgan.decoder.conv_out.weight if config.adaptive_adversarial else None,
         )
         return StepResult(losses, reconstruction.detach().float(), counts, codes, grid.detach(), positions)
-
-    def random_lengths(self, batch: int, generator: torch.Generator) -> list[int]:
-        """Draw `batch` lengths from 1 to T, for a step that teaches every prefix to reconstruct."""
-        return torch.randint(1, self.model.config.num_tokens + 1, (batch,), generator=generator).tolist()
 
 
 def freeze(model: DOVE, stage: str, frozen: str, *, codebook: bool, texts: bool) -> list[tuple[str, nn.Parameter]]:

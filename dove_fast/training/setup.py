@@ -12,25 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from dove_fast.atomic import make_directory, replacing
+from dove_fast.atomic import is_temporary, make_directory, remove_temporaries, replacing
 from dove_fast.config import DOVEConfig
-from dove_fast.errors import DoveError
+from dove_fast.errors import CheckpointError
+from dove_fast.failures import JobError
 from dove_fast.losses import LPIPS, PatchDiscriminator, QDOVELoss
 from dove_fast.models.dove import DOVE
 from dove_fast.text import TextTokenizer
 from dove_fast.training.config import ModelSource, TrainConfig
+from dove_fast.training.log import PICTURES
 
-__all__ = ["TrainingError", "build_loss", "build_model", "run_directory"]
+__all__ = ["build_loss", "build_model", "run_directory"]
 
 RUN_NAME, LOCK_NAME = "run.json", "run.lock"
 FORMAT_VERSION = 1
 
 # What may differ between a run and the one that goes on with it: what is written, how fast, and how long.
 FREE = {"report": None, "validation": None, "run": {"output", "steps", "nonfinite_limit"}, "data": {"workers"}}
-
-
-class TrainingError(DoveError):
-    """A run cannot go on; the message says why and what to do. What it had written is intact."""
 
 
 def build_model(source: ModelSource, seed: int) -> DOVE:
@@ -49,8 +47,8 @@ def build_model(source: ModelSource, seed: int) -> DOVE:
         model.tokenizer = TextTokenizer(source.tokenizer)
     if model.tokenizer is not None and model.tokenizer.vocab_size > model.config.generator.vocab_size:
         raise ValueError(
-            f"the tokenizer has {model.tokenizer.vocab_size} entries, the model's query embedding "
-            f"{model.config.generator.vocab_size}: give the model a larger generator.vocab_size"
+            f"the tokenizer has ids up to {model.tokenizer.vocab_size - 1}, the model's query embedding "
+            f"{model.config.generator.vocab_size} rows: give the model a larger generator.vocab_size"
         )
     return model
 
@@ -72,22 +70,25 @@ def build_loss(config: TrainConfig, *, allow_download: bool) -> tuple[QDOVELoss,
 def run_directory(config: TrainConfig) -> Iterator[Path]:
     """Make or open the run's directory and hold it against other processes until the block ends.
 
-    Raises `ValueError` for one that holds something else or a run with other settings, `TrainingError` where another
-    process has it.
+    Raises `ValueError` for one that holds something else or a run with other settings, `JobError` where another process
+    has it, `CheckpointError` for settings that are damaged.
     """
     output = Path(config.run.output)
     settings = output / RUN_NAME
     if not settings.exists():
-        if output.exists() and any(entry.name != LOCK_NAME for entry in output.iterdir()):
+        # A run that was killed while it wrote its settings leaves a temporary file.
+        if output.exists() and any(e.name != LOCK_NAME and not is_temporary(e.name) for e in output.iterdir()):
             raise ValueError(f"{output} is not empty and holds no run; choose another [run] output")
         make_directory(output)
     with (output / LOCK_NAME).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TrainingError(f"another process trains in {output}; wait for it or choose another output") from None
+            raise JobError(f"another process trains in {output}; wait for it or choose another output") from None
         if settings.exists():
             _check_settings(settings, config)
+        for folder in (output, output / PICTURES):
+            remove_temporaries(folder)
         with replacing(settings) as file:
             content = {"format_version": FORMAT_VERSION, "config": config.to_dict()}
             file.write((json.dumps(content, indent=2) + "\n").encode())
@@ -95,7 +96,13 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
 
 
 def _check_settings(path: Path, config: TrainConfig) -> None:
-    earlier = json.loads(path.read_text(encoding="utf-8"))["config"]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, earlier = content["format_version"], dict(content["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); choose another [run] output") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     now = json.loads(json.dumps(config.to_dict()))
     for section in sorted(earlier.keys() | now.keys()):
         free: set[str] | None = FREE.get(section, set())

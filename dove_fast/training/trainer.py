@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dove_fast.data.crop import RandomCrop
+from dove_fast.errors import CheckpointError
+from dove_fast.failures import JobError, stopping
 from dove_fast.models.dove import DOVE
 from dove_fast.training.batches import Batches, TrainingBatch
 from dove_fast.training.checkpoint import (
@@ -28,6 +30,7 @@ from dove_fast.training.checkpoint import (
     load_optimizer,
     optimizer_tensors,
     read_checkpoint,
+    read_models,
     remove_unfinished,
     write_checkpoint,
 )
@@ -36,7 +39,7 @@ from dove_fast.training.data import open_samples
 from dove_fast.training.distributed import Ranks, any_over_ranks
 from dove_fast.training.interrupt import stop_requested
 from dove_fast.training.reporting import Reporter
-from dove_fast.training.setup import TrainingError, build_loss, build_model, run_directory
+from dove_fast.training.setup import build_loss, build_model, run_directory
 from dove_fast.training.step import StepOutcome, Stepper
 
 __all__ = ["TrainProgress", "TrainReport", "Trainer", "train"]
@@ -45,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 # The held-out crops are the same for every run, so that runs can be compared.
 VALIDATION_SEED = 0
+# Whether there are texts shows in the first of them.
+SAMPLES_LOOKED_AT = 100
+RESUME = "run the same command again to go on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ def train(
 
     SIGINT and SIGTERM end the step, write a checkpoint and return. Every process of a group calls it; `ranks` comes
     from `process_group`. allow_download: LPIPS may download its backbone.
-    Raises `ValueError` for what does not fit together, before a step is done; `TrainingError` for a run that cannot go
-    on.
+    Raises `ValueError` for what does not fit together, before a step is done; then `JobError` for a run that cannot go
+    on, such as for a full disk; what it had written is intact.
     """
     with run_directory(config) if ranks.is_first else contextlib.nullcontext(Path(config.run.output)) as output:
         return Trainer(config, ranks, output, allow_download=allow_download).run(on_progress)
@@ -102,20 +108,19 @@ class Trainer:
                 f"[run] batch_size must be a multiple of {ranks.world} processes times accumulation = "
                 f"{run.accumulation}, got {run.batch_size}"
             )
-        model = build_model(config.model, run.seed)
-        averaged = copy.deepcopy(model) if run.ema_decay else None
-        loss, self.discriminator = build_loss(config, allow_download=allow_download)
+        loss, discriminator = build_loss(config, allow_download=allow_download)
         self.state = RunState()
         saved: dict[str, Tensor] = {}
         if ranks.is_first:
             remove_unfinished(output)
         found = latest_checkpoint(output)
-        if found is not None:
+        if found is None:
+            model = build_model(config.model, run.seed)
+            averaged = copy.deepcopy(model) if run.ema_decay else None
+        else:
             saved, self.state = read_checkpoint(found)
-            model.load_state_dict(DOVE.from_pretrained(found / "model").state_dict())
-            if averaged is not None:
-                averaged.load_state_dict(DOVE.from_pretrained(found / "ema").state_dict())
-        self.stepper = Stepper(config, ranks, model, averaged, loss, self.discriminator)
+            model, averaged = read_models(found, averaged=run.ema_decay > 0)
+        self.stepper = Stepper(config, ranks, model, averaged, loss, discriminator)
         self.batches = self._open(config.data, "data", run.batch_size, run.seed, ranks)
         if found is None:
             self.state.samples = len(self.batches.samples)
@@ -137,7 +142,12 @@ class Trainer:
         run, report, state = self.config.run, self.config.report, self.state
         first, start = state.step, time.perf_counter()
         batches = self.batches.ahead(range(first, run.steps), self.config.data.workers)
-        with stop_requested() as stop, contextlib.closing(batches), self.reporter.open(self.output, first):
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(stop_requested())
+            stack.enter_context(contextlib.closing(batches))
+            stack.enter_context(self.reporter.open(self.output, first))
+            # From here on nothing is wrong use.
+            stack.enter_context(stopping(RESUME))
             for batch in batches:
                 outcome = self.stepper.step(state.step, batch)
                 state.step += 1
@@ -151,7 +161,7 @@ class Trainer:
                     break
                 if report.checkpoint_steps and state.step % report.checkpoint_steps == 0:
                     self._save()
-        self._save()
+            self._save()
         exported = self._export() if state.step >= run.steps else None
         seconds = time.perf_counter() - start
         return TrainReport(
@@ -163,6 +173,13 @@ class Trainer:
         for reason, count in samples.left_out.items():
             logger.info("[%s] %d samples left out: %s", name, count, reason)
         sizes = self.model.config
+        reads_texts = self.config.run.stage == "dove" and data.text_dropout < 1
+        if reads_texts and self.model.tokenizer is None:
+            for index in range(min(len(samples), SAMPLES_LOOKED_AT)):
+                if samples[index].text:
+                    raise ValueError(
+                        f"[{name}] has texts and the model no tokenizer: give [model] tokenizer, or text_dropout = 1"
+                    )
         longest = sizes.generator.max_position_embeddings - sizes.num_features - sizes.num_tokens
         return Batches(
             samples,
@@ -171,7 +188,7 @@ class Trainer:
             crop=RandomCrop(data.smallest_crop, data.mirror),
             seed=seed,
             tokenizer=self.model.tokenizer,
-            text_dropout=data.text_dropout if self.config.run.stage == "dove" else 1.0,
+            text_dropout=data.text_dropout if reads_texts else 1.0,
             longest_query=longest,
             rank=ranks.rank,
             world=ranks.world,
@@ -185,7 +202,7 @@ class Trainer:
         state.skipped += 1
         logger.warning("step %d skipped: error %g, norm of the gradient %g", state.step, outcome.mse, outcome.grad_norm)
         if state.skipped > limit:
-            raise TrainingError(
+            raise JobError(
                 f"{state.skipped} steps were not finite, the limit is {limit}; the last checkpoint is intact. Lower "
                 f"[optimizer] learning_rate or max_grad_norm, or train in float32"
             )
@@ -197,6 +214,14 @@ class Trainer:
                 f"the run in {self.output} had {self.state.samples} samples, [data] path now has {samples}: the order "
                 f"would be another one; put the data back, or choose another [run] output"
             )
+        try:
+            self._load(saved)
+        except KeyError as error:
+            raise CheckpointError(
+                f"the last checkpoint in {self.output} lacks {error}; remove it to go on from the one before it"
+            ) from None
+
+    def _load(self, saved: dict[str, Tensor]) -> None:
         stepper = self.stepper
         stepper.loss.threshold.load_state_dict(self.state.threshold)
         load_optimizer(stepper.optimizer, stepper.trained, "optimizer", saved)

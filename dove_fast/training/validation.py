@@ -43,8 +43,6 @@ def validate(model: DOVE, batches: Iterable[TrainingBatch], *, stage: str, show:
 
     stage: as in `RunConfig`.
     """
-    was_training = model.training
-    model.eval()
     errors: list[Tensor] = []
     lengths: list[Tensor] = []
     shown: list[tuple[Tensor, Tensor]] = []
@@ -62,7 +60,6 @@ def validate(model: DOVE, batches: Iterable[TrainingBatch], *, stage: str, show:
         errors.append(region_mse(images, found, mask)[0].cpu())
         if sum(len(pair[0]) for pair in shown) < show:
             shown.append((images.cpu(), found.cpu()))
-    model.train(was_training)
     return Validation(
         torch.cat(errors),
         torch.cat(lengths) if lengths else None,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dove_fast import RaggedTokens, StoreError, TokenStore
-from dove_fast.jobs import JobError, LoadedModel, TokenizeOptions, reconstruct, tokenize
+from dove_fast.failures import JobError
+from dove_fast.jobs import LoadedModel, TokenizeOptions, reconstruct, tokenize
 from dove_fast.jobs.reconstruct import picture_names
 
 

@@ -17,7 +17,8 @@ from small_models import VOCAB
 
 from dove_fast import StoreError, TokenStore
 from dove_fast.data import ShortSideCenterCrop, decode_image
-from dove_fast.jobs import JobError, LoadedModel, TokenizeOptions, tokenize
+from dove_fast.failures import JobError
+from dove_fast.jobs import LoadedModel, TokenizeOptions, tokenize
 
 OPTIONS = TokenizeOptions(batch_size=3, shard_size=4, workers=2)
 

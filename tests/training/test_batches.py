@@ -13,6 +13,7 @@ from made_runs import make_shard, make_tokenizer
 from dove_fast.data.crop import RandomCrop
 from dove_fast.data.folder import ImageFolder
 from dove_fast.data.webdataset import WebDataset
+from dove_fast.failures import JobError
 from dove_fast.text import TextTokenizer
 from dove_fast.training.batches import Batches
 
@@ -92,7 +93,7 @@ def test_only_bad_pictures(tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "a.png").write_text("hello")
-    with pytest.raises(ValueError, match="100 samples in a row could not be used"):
+    with pytest.raises(JobError, match="100 samples in a row could not be used"):
         batches_of(ImageFolder(folder), batch_size=1)[0]
 
 
@@ -118,9 +119,9 @@ def test_texts_and_regions(texts, tmp_path):
 
 def test_texts_that_cannot_be_used(texts, tmp_path):
     tokenizer = TextTokenizer(make_tokenizer(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="could not be used, the last one for: text too long"):
+    with pytest.raises(JobError, match="could not be used, the last one for: text too long"):
         batches_of(texts, tokenizer=tokenizer, longest_query=2)[0]
-    with pytest.raises(ValueError, match="the model has no tokenizer"):
+    with pytest.raises(JobError, match="the model has no tokenizer"):
         batches_of(texts)[0]
     tight = batches_of(texts, tokenizer=tokenizer, longest_query=9, crop=RandomCrop(0.3, mirror=False))
     left_out = sum((tight[step].left_out for step in range(20)), Counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ import torch
 from made_runs import make_run, run_settings, write_toml
 
 from dove_fast import DOVE
+from dove_fast.errors import CheckpointError
+from dove_fast.failures import JobError
 from dove_fast.training import train
 from dove_fast.training.checkpoint import latest_checkpoint
 from dove_fast.training.distributed import Ranks
 from dove_fast.training.log import read_log
-from dove_fast.training.setup import TrainingError
 from dove_fast.training.trainer import Trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -214,7 +216,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
         "loss": {"adversarial_weight": 0.0, "adaptive_adversarial": False},
         "report": {"validation_steps": 0, "picture_steps": 0},
     }
-    with pytest.raises(TrainingError, match="4 steps were not finite, the limit is 3"):
+    with pytest.raises(JobError, match="4 steps were not finite, the limit is 3"):
         train(make_run(tmp_path, **changes), ALONE)
     skipped = [line["skipped"] for line in lines_of(tmp_path / "run")]
     assert skipped[0] == 0 and skipped[-1] == 3
@@ -239,7 +241,7 @@ def test_refuses_what_does_not_fit(whole, tmp_path):
 
 def test_one_process_a_run(tmp_path):
     def train_again(progress):
-        with pytest.raises(TrainingError, match="another process trains in"):
+        with pytest.raises(JobError, match="another process trains in"):
             train(config, ALONE)
 
     config = make_run(tmp_path, run={"steps": 1}, report={"validation_steps": 0})
@@ -252,3 +254,55 @@ def test_other_data_are_noticed(tmp_path):
     (tmp_path / "pictures/00.jpg").unlink()
     with pytest.raises(ValueError, match=r"had 12 samples, .* now has 11"):
         train(config, ALONE)
+
+
+def test_goes_on_without_texts(tmp_path):
+    """The query embedding never gets a gradient then, and has no moments."""
+    changes = {"data": {"kind": "folder", "path": str(tmp_path / "pictures")}, "report": {"validation_steps": 0}}
+    train(make_run(tmp_path, run={"steps": 2}, **changes), ALONE)
+    assert train(make_run(tmp_path, run={"steps": 4}, **changes), ALONE).computed == 2
+
+
+def test_goes_on_without_what_it_started_from(tmp_path):
+    train(make_run(tmp_path, run={"steps": 2}), ALONE)
+    (tmp_path / "start/config.json").unlink()
+    assert train(make_run(tmp_path, run={"steps": 3}), ALONE).computed == 1
+
+
+def test_killed_while_the_settings_were_written(tmp_path):
+    config = make_run(tmp_path, run={"steps": 1}, report={"validation_steps": 0})
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ".dove-0123456789abcdef.tmp"
+    left.write_text("{")
+    assert train(config, ALONE).step == 1
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"format_version"', '{"format_version": 99, "config": {}}'])
+def test_settings_that_are_damaged(tmp_path, content):
+    config = make_run(tmp_path, run={"steps": 1}, report={"validation_steps": 0})
+    train(config, ALONE)
+    (tmp_path / "run/run.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"run\.json (is damaged|has format version 99)"):
+        train(config, ALONE)
+
+
+def test_a_checkpoint_that_is_damaged(tmp_path):
+    config = make_run(tmp_path, run={"steps": 4}, report={"validation_steps": 0})
+    train(config, ALONE)
+    (tmp_path / "run/checkpoints/step-000000004/ema/model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"step-000000004 is damaged .* remove it to go on from the checkpoint"):
+        train(config, ALONE)
+
+
+def test_a_full_disk_stops_a_run_that_can_go_on(tmp_path, monkeypatch):
+    config = make_run(tmp_path, run={"steps": 4}, report={"validation_steps": 0})
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dove_fast.training.trainer.write_checkpoint", fail)
+        with pytest.raises(JobError, match="No space left on device; run the same command again to go on"):
+            train(config, ALONE)
+    assert train(config, ALONE).step == 4

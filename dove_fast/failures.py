@@ -1,33 +1,19 @@
-"""How jobs tell what happens: progress while they run, and the error of one that had to stop."""
+"""Failures that are not the input's: a full disk, too little memory; what a long job says when it has to stop."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
 from dove_fast.errors import BackendError, DoveError
 
-__all__ = ["JobError", "OnProgress", "Progress", "stopping"]
+__all__ = ["JobError", "stopping"]
 
 
 class JobError(DoveError):
     """A job stopped at a failure that was not the input's; what it had finished is intact."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a job is: inputs done of `total`, and of those done by this run the images and their tokens."""
-
-    done: int
-    total: int
-    images: int
-    tokens: int
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @contextlib.contextmanager
