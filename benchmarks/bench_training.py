@@ -2,17 +2,16 @@
 
     pytest benchmarks/bench_training.py --benchmark-only --benchmark-json=figures.json
 
-Ours is `training_forward`, which computes the positions that a loss depends on; the rival is the oracle with its graph,
-all N + T positions of every image, zeroed behind its tokens. One set of weights, fp32, the VQGAN frozen, so that its
-encoder has no graph on either side. A step is the forward, the squared error and the EOS loss, the backward, and fused
-AdamW; LPIPS and a discriminator would be the same on both sides and bring the whole step's ratio nearer to 1.
+Ours is `training_forward`, which computes blocks of steps until every image has its EOS; the rival is the oracle with
+its graph, all N + T positions of every image, zeroed behind its tokens. One set of weights, fp32, the VQGAN frozen, so
+that its encoder has no graph on either side. A step is the forward, the squared error and the EOS loss, the backward,
+and fused AdamW; LPIPS and a discriminator would be the same on both sides and bring the whole step's ratio nearer to 1.
 
-Lengths are spread around a mean. "given": they are known, as in steps with random lengths. "found": EOS is computed,
-decided and read without gradients first, as in most steps of a run, and then replaced by a length that was chosen, so
-that both sides know which tokens are asked for; that pass is ours alone, and its time counts. Losses and gradients are
-compared before anything is timed, without the codebook, where rounding alone can choose another codeword.
+Lengths are spread around a mean. EOS is computed, decided and read for every block, and then replaced by a length that
+was chosen, so that both sides know which tokens are asked for. Losses and gradients are compared before anything is
+timed, without the codebook, where rounding alone can choose another codeword.
 
-`positions_computed` of `positions_of_all` are the generator's with gradients. The peaks are of one step, beyond weights
+`positions_computed` of `positions_of_all` are the generator's. The peaks are of one step, beyond weights
 and the optimiser's state; gradients and the engine's caches count, as every step drops them at its end. `peak_ratio`
 (above 1: ours takes less) is of what torch allocates: on a GPU its own count, on a CPU summed from its profiler, which
 does not see what a library takes from malloc by itself. `peak_bytes` on a CPU is the process's resident memory, which
@@ -23,14 +22,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from forced_lengths import forced, spread
+from forced_lengths import spread
 from tolerances import RELATIVE, assert_close, relative_error
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -39,8 +38,8 @@ from dove_fast import DOVE, DOVEConfig
 from dove_fast.config import VQGANConfig
 from dove_fast.losses import DOVELoss, LossConfig
 from dove_fast.training import TrainingForward, training_forward
+from dove_fast.training.blocks import ends_at, ends_by_eos
 from dove_fast.training.config import OptimizerConfig
-from dove_fast.training.objective import LENGTH_BLOCK
 from dove_fast.training.optimization import make_optimizer
 
 # Of the base model's tokens; another model's means are as large a share of its own.
@@ -69,17 +68,21 @@ class Training:
         self.kept = torch.arange(self.model.config.num_tokens, device=device) < self.counts[:, None]
         self.no_queries = [torch.empty(0, dtype=torch.int64)] * len(self.lengths)
 
-    def ours(self, *, given: bool = False, keep_features: bool = False, recompute: bool = False) -> TrainingForward:
-        """Return the training forward; `given`: lengths are known, `keep_features`: features are."""
-        with nullcontext() if given else forced(self.lengths):
-            return training_forward(
-                self.model,
-                self.images,
-                lengths=self.lengths if given else None,
-                features=self.features if keep_features else None,
-                block_size=LENGTH_BLOCK,
-                recompute=recompute,
-            )
+    def ours(self, *, keep_features: bool = False, recompute: bool = False) -> TrainingForward:
+        """Return the training forward; `keep_features`: the features are known."""
+        features = self.features if keep_features else None
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("dove_fast.training.forward.ends_by_eos", self._forced_ends)
+            return training_forward(self.model, self.images, features=features, recompute=recompute)
+
+    def _forced_ends(self, *arguments: Any) -> Callable[..., Any]:
+        by_eos, given = ends_by_eos(*arguments), ends_at(self.lengths)
+
+        def ends(*block: Any) -> Any:
+            by_eos(*block)
+            return given(*block)
+
+        return ends
 
     def plain(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return all states (B, T, d) and EOS logits (B, T), with their graph."""
@@ -140,7 +143,7 @@ def measure(compare, benchmark, device):
             training.end()
 
         with torch.no_grad():
-            counted = training.ours(given=True, keep_features=True)
+            counted = training.ours(keep_features=True)
         batch = len(training.lengths)
         compare(
             lambda: step(ours),
@@ -175,9 +178,8 @@ def _means(models: tuple[str, ...]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("lengths", [pytest.param("given", marks=pytest.mark.large), "found"])
 @pytest.mark.parametrize(("model", "mean"), _means(("base",)))
-def bench_generator(measure, request, device, model, mean, lengths) -> None:
+def bench_generator(measure, request, device, model, mean) -> None:
     """The input projection, the generator and the EOS head alone, forward and backward."""
     # The grid is the base model's; nothing behind the tokens is run.
     small = VQGANConfig(block_out_channels=(32,) * 5, layers_per_block=1)
@@ -193,7 +195,7 @@ def bench_generator(measure, request, device, model, mean, lengths) -> None:
         return (tokens * toward).sum() + logits[kept].square().sum()
 
     def ragged() -> Tensor:
-        found = training.ours(given=lengths == "given", keep_features=True)
+        found = training.ours(keep_features=True)
         return loss(found.tokens.values, found.eos_logits)
 
     def plain() -> Tensor:
@@ -210,7 +212,6 @@ def bench_generator(measure, request, device, model, mean, lengths) -> None:
         rival_name="all positions",
         model=model,
         asked_mean=mean,
-        lengths_are=lengths,
     )
 
 
@@ -278,7 +279,6 @@ def run_step(measure, request, device, name: str, mean: int, *, dtype=torch.floa
         rival_name="all positions",
         model=name,
         asked_mean=mean,
-        lengths_are="found",
         variant=variant,
     )
 

@@ -14,10 +14,6 @@ from dove_fast.training.forward import training_forward
 
 __all__ = ["Objective", "StepResult", "freeze"]
 
-# Steps a block where the lengths are found: fixed, so that they do not depend on what was seen before, as with a
-# schedule that learns, and a run that goes on from a checkpoint finds the same.
-LENGTH_BLOCK = 32
-
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
@@ -73,9 +69,7 @@ class Objective(nn.Module):
             logits = grid.new_zeros((len(images), 1), dtype=torch.float32)
             positions = 0, 0
         else:
-            found = training_forward(
-                model, images, queries, lengths=lengths, block_size=LENGTH_BLOCK, recompute=self.recompute
-            )
+            found = training_forward(model, images, queries, lengths=lengths, recompute=self.recompute)
             grid, reconstruction, counts, logits = found.grid, found.reconstruction, found.lengths, found.eos_logits
             positions = found.positions_computed, found.positions_of_all
         codes, terms = None, None
