@@ -207,7 +207,8 @@ class DOVE(nn.Module):
         features (B, N, C); queries: B 1-D int64 tensors of token ids, empty for none.
         Returns states (B, T, d) after the final LayerNorm and EOS logits (B, T) fp32. Source: METHOD section 2.
         """
-        prefix = self.in_proj(features)
+        # Under autocast the projection is narrower than the weights; what the layers add up is not.
+        prefix = self.in_proj(features).to(self.dtype)
         steps = step_embeddings(self.config.num_tokens, prefix.shape[-1], device=prefix.device, dtype=prefix.dtype)
         # Rows with shorter queries end in padding, which no position before it can see: attention is causal.
         rows = [torch.cat([row, *self._embed(query), steps]) for row, query in zip(prefix, queries, strict=True)]
@@ -395,7 +396,7 @@ class DOVE(nn.Module):
 
         features (B, N, C) and queries as in `generate`.
         """
-        images = self.in_proj(features)
+        images = self.in_proj(features).to(self.dtype)
         if self.generator.embed_in is None or not any(query.numel() for query in queries):
             return list(images)
         sizes = [query.numel() for query in queries]

@@ -7,6 +7,7 @@ Shape suffixes: B images of S pixels a side.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from dove_fast.text import TextTokenizer
 
 __all__ = ["Batches", "TrainingBatch"]
+
+logger = logging.getLogger(__name__)
 
 # Samples that are tried for one place of a batch, before the data are taken to be broken.
 MOST_TRIES = 100
@@ -128,7 +131,8 @@ class Batches:
         try:
             image = decode_image(sample.picture.encoded()).image
         except DecodeError as error:
-            return f"cannot be decoded: {error}"
+            logger.debug("%s cannot be decoded: %s", sample.picture.key, error)
+            return "cannot be decoded"
         crop = self.crop.draw(image.width, image.height, random, may_mirror=not reads_text)
         boxes = crop_boxes(sample.boxes, sample.frame, image.size, crop, self.size) if reads_text else []
         if boxes is None:

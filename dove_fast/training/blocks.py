@@ -16,11 +16,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from dove_fast.generation.linear import is_plain
 from dove_fast.models.gpt_neox import GPTNeoX, Layer, add_and_normalise, rotary_table, rotate
-from dove_fast.ops import prefix_attention
+from dove_fast.ops import prefix_attention, unpack
 
 __all__ = ["ends_at", "ends_by_eos", "states_in_blocks"]
 
@@ -89,7 +89,9 @@ class _Runner:
         device, longest = self.cos.device, max(lengths)
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         # Each position's place in its row.
-        places = torch.cat([torch.arange(length, device=device) for length in lengths])
+        total = sum(lengths)
+        row = torch.repeat_interleave(torch.tensor(lengths, device=device), output_size=total)
+        places = torch.arange(total, device=device) - offsets[:-1].long()[row]
 
         def run(layer: Layer, for_attention: Tensor, for_mlp: Tensor) -> tuple[Tensor, ...]:
             q, k, v = _split(layer, for_attention).unbind(2)
@@ -100,6 +102,9 @@ class _Runner:
         def only_keys(layer: Layer, for_attention: Tensor) -> tuple[Tensor, ...]:
             # Nothing reads what the last layer makes of the prefix.
             linear, heads = layer.attention.query_key_value, layer.attention.num_heads
+            if not is_plain(linear):
+                _, k, v = _split(layer, for_attention).unbind(2)
+                return self._turn(k, places), v
             weight, bias = (
                 None if full is None else full.unflatten(0, (heads, 3, -1))[:, 1:].flatten(0, 2)
                 for full in (linear.weight, linear.bias)
@@ -109,7 +114,9 @@ class _Runner:
             return self._turn(k, places), v
 
         def padded(values: Tensor) -> Tensor:
-            return pad_sequence(list(values.split(list(lengths))), batch_first=True).transpose(1, 2)
+            if total == len(lengths) * longest:
+                return values.unflatten(0, (-1, longest)).transpose(1, 2)
+            return unpack(values, offsets, longest).transpose(1, 2)
 
         x = torch.cat(list(prefixes))
         addends: tuple[Tensor, ...] = ()

@@ -40,7 +40,14 @@ MODEL, AVERAGED, TENSORS, STATE = "model", "ema", "training.safetensors", "state
 NAME = re.compile(r"step-(\d{9,})")
 FORMAT_VERSION = 1
 # What a state must have, and be.
-STATE_TYPES: dict[str, Any] = {"step": int, "skipped": int, "samples": int, "threshold": dict, "left_out": dict}
+STATE_TYPES: dict[str, Any] = {
+    "step": int,
+    "skipped": int,
+    "samples": int,
+    "data": str,
+    "threshold": dict,
+    "left_out": dict,
+}
 
 
 @dataclass
@@ -48,13 +55,15 @@ class RunState:
     """Where a run is: everything that decides how it goes on, but for weights and moments.
 
     step: optimiser steps done, skipped ones included. threshold: `RunningThreshold.state_dict()`. skipped: steps left
-    out because they were not finite. left_out: samples that could not be used, by reason. samples: how many the data
-    had, all told.
+    out because they were not finite, all and the last ones in a row. left_out: samples that could not be used, by
+    reason. samples, data: how many the data had, and a hash of some of them.
     """
 
     step: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     samples: int = 0
+    data: str = ""
     threshold: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 

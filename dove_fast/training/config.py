@@ -129,7 +129,7 @@ class RunConfig:
     forced_length_share: steps with random lengths, so that every prefix reconstructs (METHOD section 4).
     codebook_restart_steps: every so many steps, codewords that none of the features came to since are set to features
     of the batch, else a codebook that starts far from them stays unused; 0 for never.
-    nonfinite_limit: steps that are skipped for a loss or a gradient that is not finite, before the run stops.
+    nonfinite_limit: steps in a row that are skipped for a loss or a gradient that is not finite, before the run stops.
     """
 
     output: str = ""
@@ -271,10 +271,16 @@ class TrainConfig:
         for name, data in (("data", self.data), ("validation", self.validation)):
             if data is not None and not data.path:
                 raise ValueError(f"[{name}] path must name the pictures")
+        frozen = self.run.stage == "dove" and self.run.frozen == "vqgan"
+        if self.loss.adversarial_weight and self.loss.adaptive_adversarial and frozen:
+            raise ValueError(
+                "[loss] adaptive_adversarial measures gradients at the VQGAN decoder's last layer, which has none with "
+                '[run] frozen = "vqgan"; freeze less, or set it to false'
+            )
         trains_codebook = self.loss.codebook_weight > 0
         if self.run.codebook_restart_steps and not trains_codebook:
             raise ValueError("[run] codebook_restart_steps needs a codebook that is trained: [loss] codebook_weight")
-        if self.run.stage == "dove" and self.run.frozen == "vqgan" and trains_codebook:
+        if frozen and trains_codebook:
             raise ValueError('[loss] codebook_weight trains the codebook, but [run] frozen = "vqgan" keeps it')
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 
 from dove_fast.errors import BackendError
 
-__all__ = ["Ranks", "any_over_ranks", "average_gradients", "is_distributed", "mean_over_ranks", "process_group"]
+__all__ = [
+    "Ranks",
+    "any_over_ranks",
+    "average_gradients",
+    "is_distributed",
+    "mean_over_ranks",
+    "process_group",
+    "sum_over_ranks",
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,15 @@ def any_over_ranks(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def sum_over_ranks(counts: Counter[str]) -> Counter[str]:
+    """Return the sum of all ranks' counts; every rank calls it."""
+    if not is_distributed():
+        return counts
+    shares: list[Counter[str]] = [Counter() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, counts)
+    return sum(shares, Counter())
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dove_fast.models.dove import DOVE
 from dove_fast.models.gpt_neox import step_embeddings
-from dove_fast.models.inputs import Query, check_device, check_images, check_queries
+from dove_fast.models.inputs import Query, check_device, check_images, check_length_options, check_queries
 from dove_fast.ragged import RaggedTokens
 from dove_fast.training.blocks import ends_at, ends_by_eos, states_in_blocks
 
@@ -70,10 +70,14 @@ def training_forward(
 
     The same values and gradients as the plain forward over all N + L + T positions, within rounding. The VQGAN's
     encoder runs without a graph where none of its parameters needs one.
-    Raises `TypeError` or `ValueError` as `DOVE.tokenize` does. Source: METHOD sections 2 to 4.
+    Raises `TypeError` or `ValueError` as `DOVE.tokenize` does, but for NaN and infinity in images, which a loss shows,
+    and for no images. Source: METHOD sections 2 to 4.
     """
     config = model.config
     check_images(images, config)
+    check_length_options(config, None, None, None, block_size)
+    if len(images) == 0:
+        raise ValueError("images must have at least one row: a batch without images has no loss")
     check_device("images", images, model.device)
     query_ids = check_queries(queries, images.shape[0], config, model.tokenizer)
     if features is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,20 +65,31 @@ class RunLog:
         if self._board is not None:
             self._board.add_image(name, pixels, step)
 
+    def sync(self) -> None:
+        """Make the lines so far durable."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close the files; what a full disk refuses was refused before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, without one that was cut off; none where there is no log."""
+    """Return the lines of a run's log up to one that was cut off or damaged; none where there is no log."""
     path = output / LOG_NAME
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            # After a power failure its end may be anything; what stood there is written again.
+            break
+    return lines
 
 
 def picture_grid(rows: list[Tensor]) -> Tensor:

@@ -67,8 +67,13 @@ class CodebookUse:
         self.counts = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
 
     def count(self, codes: Tensor) -> None:
-        """Add a batch's codes (B, h, w)."""
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        """Add a batch's codes (B, h, w), all processes' together; every one calls it."""
+        found = torch.zeros_like(self.counts)
+        flat = codes.flatten()
+        found.scatter_add_(0, flat, torch.ones_like(flat))
+        if is_distributed():
+            dist.all_reduce(found)
+        self.counts += found
 
     @torch.no_grad()
     def restart(
@@ -84,7 +89,6 @@ class CodebookUse:
             return None
         features = grid.movedim(1, -1).reshape(-1, grid.shape[1]).to(self.codebook.dtype).contiguous()
         if is_distributed():
-            dist.all_reduce(self.counts)
             shares = [torch.empty_like(features) for _ in range(dist.get_world_size())]
             dist.all_gather(shares, features)
             features = torch.cat(shares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dove_fast.models.dove import DOVE
 from dove_fast.training.batches import Batches
 from dove_fast.training.checkpoint import RunState
 from dove_fast.training.config import TrainConfig
-from dove_fast.training.distributed import Ranks, mean_over_ranks
+from dove_fast.training.distributed import Ranks, mean_over_ranks, sum_over_ranks
 from dove_fast.training.log import RunLog, histogram_picture, picture_grid
 from dove_fast.training.step import StepOutcome, Stepper
 from dove_fast.training.validation import Validation, length_warning, spread, validate
@@ -44,12 +45,19 @@ class Reporter:
         """Write into the log of `output`, which goes on at `step`, while the block runs."""
         if self.ranks.is_first:
             self._log = RunLog(output, step, tensorboard=self.config.report.tensorboard)
+            if self.validation is None:
+                logger.info("no [validation]: nothing is drawn, and lengths are not watched")
         self._last = time.perf_counter()
         try:
             yield
         finally:
             if self._log is not None:
                 self._log.close()
+
+    def sync(self) -> None:
+        """Make the log durable, before a checkpoint that it belongs to."""
+        if self._log is not None:
+            self._log.sync()
 
     def after_step(self, stepper: Stepper, state: RunState, outcome: StepOutcome) -> None:
         """Write what is due after `state.step` steps; every process calls it."""
@@ -81,8 +89,11 @@ class Reporter:
             values["positions_share"] = computed / of_all
         values["learning_rate"] = stepper.optimizer.param_groups[0]["lr"]
         values["grad_norm"] = outcome.grad_norm
+        values["forced_lengths"] = outcome.forced
+        if outcome.judge is not None:
+            values["discriminator"] = mean_over_ranks(outcome.judge)
         values["skipped"] = state.skipped
-        values["left_out"] = sum(state.left_out.values())
+        values["left_out"] = sum_over_ranks(Counter(state.left_out)).total()
         if outcome.codewords is not None:
             values["codewords_used"] = outcome.codewords
         now = time.perf_counter()

@@ -24,11 +24,11 @@ from dove_fast.training.log import PICTURES
 
 __all__ = ["build_loss", "build_model", "run_directory"]
 
-RUN_NAME, LOCK_NAME = "run.json", "run.lock"
+RUN_NAME, LOCK_NAME, MODEL = "run.json", "run.lock", "model"
 FORMAT_VERSION = 1
 
 # What may differ between a run and the one that goes on with it: what is written, how fast, and how long.
-FREE = {"report": None, "validation": None, "run": {"output", "steps", "nonfinite_limit"}, "data": {"workers"}}
+FREE = {"report": None, "validation": None, "run": {"output", "nonfinite_limit"}, "data": {"workers"}}
 
 
 def build_model(source: ModelSource, seed: int) -> DOVE:
@@ -67,14 +67,17 @@ def build_loss(config: TrainConfig, *, allow_download: bool) -> tuple[QDOVELoss,
 
 
 @contextlib.contextmanager
-def run_directory(config: TrainConfig) -> Iterator[Path]:
+def run_directory(config: TrainConfig, *, allow_download: bool = False) -> Iterator[Path]:
     """Make or open the run's directory and hold it against other processes until the block ends.
+
+    allow_download: as in `build_loss`; it decides which LPIPS the run has.
 
     Raises `ValueError` for one that holds something else or a run with other settings, `JobError` where another process
     has it, `CheckpointError` for settings that are damaged.
     """
     output = Path(config.run.output)
     settings = output / RUN_NAME
+    downloads = allow_download and config.loss.perceptual_weight > 0 and not config.perceptual.weights
     if not settings.exists():
         # A run that was killed while it wrote its settings leaves a temporary file.
         if output.exists() and any(e.name != LOCK_NAME and not is_temporary(e.name) for e in output.iterdir()):
@@ -86,28 +89,39 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
         except BlockingIOError:
             raise JobError(f"another process trains in {output}; wait for it or choose another output") from None
         if settings.exists():
-            _check_settings(settings, config)
-        for folder in (output, output / PICTURES):
+            _check_settings(settings, config, downloads)
+        for folder in (output, output / PICTURES, output / MODEL):
             remove_temporaries(folder)
         with replacing(settings) as file:
-            content = {"format_version": FORMAT_VERSION, "config": config.to_dict()}
+            content = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "downloaded": downloads}
             file.write((json.dumps(content, indent=2) + "\n").encode())
         yield output
 
 
-def _check_settings(path: Path, config: TrainConfig) -> None:
+def _check_settings(path: Path, config: TrainConfig, downloads: bool) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, earlier = content["format_version"], dict(content["config"])
+        downloaded = bool(content["downloaded"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); choose another [run] output") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
+    # With the defaults of fields that are newer than the run.
+    earlier = TrainConfig.from_dict(earlier).to_dict()
+    if downloaded != downloads:
+        raise ValueError(
+            f"{path.parent} holds a run {'with' if downloaded else 'without'} --allow-download, whose LPIPS is another "
+            f"one; go on in the same way, or choose another [run] output"
+        )
     now = json.loads(json.dumps(config.to_dict()))
     for section in sorted(earlier.keys() | now.keys()):
         free: set[str] | None = FREE.get(section, set())
         if free is None:
             continue
+        if section == "run" and config.optimizer.schedule == "constant":
+            # A cosine would have another curve.
+            free = {*free, "steps"}
         before: dict[str, Any] = earlier.get(section, {})
         after: dict[str, Any] = now.get(section, {})
         for key in sorted((before.keys() | after.keys()) - free):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dove_fast.losses import QDOVELoss
@@ -34,7 +34,8 @@ class StepOutcome:
     """What a step came to: a result for each part of this process's share of the batch.
 
     mse, grad_norm: over all processes, on the host. finite: whether both were; a step that was not changed nothing.
-    codewords: how many were in use, where this step restarted the others.
+    codewords: how many were in use, where this step restarted the others. judge: (n,) the discriminator's losses, None
+    where it did not learn. forced: whether the lengths were random.
     """
 
     results: Sequence[StepResult]
@@ -42,6 +43,8 @@ class StepOutcome:
     grad_norm: float
     finite: bool
     codewords: int | None
+    judge: Tensor | None
+    forced: bool
 
 
 class Stepper:
@@ -101,16 +104,16 @@ class Stepper:
         # Both are the same on all ranks.
         if not (math.isfinite(norm) and math.isfinite(mse)):
             self.optimizer.zero_grad()
-            return StepOutcome(results, mse, norm, False, None)
+            return StepOutcome(results, mse, norm, False, None, None, lengths is not None)
         self.optimizer.step()
         if lengths is None:
-            # Lengths that were forced say nothing about the error at those that EOS chooses.
+            # [reading] Lengths that were forced say nothing about the error at those that EOS chooses.
             self.loss.threshold.update(mse)
         if self.averaged is not None:
             average_into(self.averaged, self.model, run.ema_decay, step)
         codewords = self._tend_codebook(step, results)
-        self._teach_discriminator(step, parts, results)
-        return StepOutcome(results, mse, norm, True, codewords)
+        judge = self._teach_discriminator(step, parts, results)
+        return StepOutcome(results, mse, norm, True, codewords, judge, lengths is not None)
 
     def _backward(self, step: int, part: TrainingBatch, forced: list[int] | None, share: float) -> StepResult:
         device = self.ranks.device
@@ -134,19 +137,24 @@ class Stepper:
         copies = [] if self.averaged is None else [self.averaged.vqgan.quantize.embedding.weight]
         return self.codebook.restart(step, torch.cat([result.grid for result in results]), self.optimizer, copies)
 
-    def _teach_discriminator(self, step: int, parts: Sequence[TrainingBatch], results: Sequence[StepResult]) -> None:
+    def _teach_discriminator(
+        self, step: int, parts: Sequence[TrainingBatch], results: Sequence[StepResult]
+    ) -> Tensor | None:
         if self.judge is None or step < self.config.loss.adversarial_start:
-            return
+            return None
+        losses = []
         self.judge.zero_grad()
         for part, result in zip(parts, results, strict=True):
             images = part.images.to(self.ranks.device).float() / 255
             with self._autocast():
                 loss = self.loss.discriminator_loss(images, result.reconstruction)
             (loss / len(parts)).backward()
+            losses.append(loss.detach().float())
         parameters = [parameter for _, parameter in self.judged]
         average_gradients(parameters)
         if math.isfinite(float(nn.utils.clip_grad_norm_(parameters, math.inf))):
             self.judge.step()
+        return torch.stack(losses)
 
     def _forced_lengths(self, step: int) -> list[int] | None:
         """Return this process's random lengths, or None where EOS decides: the same on any number of processes."""

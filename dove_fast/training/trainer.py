@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import hashlib
 import logging
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dove_fast.data.crop import RandomCrop
+from dove_fast.data.samples import Samples
 from dove_fast.errors import CheckpointError
 from dove_fast.failures import JobError, stopping
 from dove_fast.models.dove import DOVE
@@ -36,7 +39,7 @@ from dove_fast.training.checkpoint import (
 )
 from dove_fast.training.config import DataConfig, TrainConfig
 from dove_fast.training.data import open_samples
-from dove_fast.training.distributed import Ranks, any_over_ranks
+from dove_fast.training.distributed import Ranks, any_over_ranks, sum_over_ranks
 from dove_fast.training.interrupt import stop_requested
 from dove_fast.training.reporting import Reporter
 from dove_fast.training.setup import build_loss, build_model, run_directory
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_SEED = 0
 # Whether there are texts shows in the first of them.
 SAMPLES_LOOKED_AT = 100
+FINGERPRINT = 1000
 RESUME = "run the same command again to go on from the last checkpoint"
 
 
@@ -93,8 +97,19 @@ def train(
     Raises `ValueError` for what does not fit together, before a step is done; then `JobError` for a run that cannot go
     on, such as for a full disk; what it had written is intact.
     """
-    with run_directory(config) if ranks.is_first else contextlib.nullcontext(Path(config.run.output)) as output:
+    output = Path(config.run.output)
+    held = run_directory(config, allow_download=allow_download) if ranks.is_first else contextlib.nullcontext(output)
+    with held as output:
         return Trainer(config, ranks, output, allow_download=allow_download).run(on_progress)
+
+
+def _fingerprint(samples: Samples) -> str:
+    """Return a hash over the keys and texts of FINGERPRINT samples or fewer, evenly spread: all would take minutes."""
+    digest = hashlib.sha256()
+    for index in range(0, len(samples), max(1, len(samples) // FINGERPRINT)):
+        sample = samples[index]
+        digest.update(repr((sample.picture.key, sample.picture.span, sample.text, sample.boxes)).encode())
+    return digest.hexdigest()
 
 
 class Trainer:
@@ -119,11 +134,14 @@ class Trainer:
             averaged = copy.deepcopy(model) if run.ema_decay else None
         else:
             saved, self.state = read_checkpoint(found)
+            if not ranks.is_first:
+                # The first one has them all.
+                self.state.left_out = {}
             model, averaged = read_models(found, averaged=run.ema_decay > 0)
         self.stepper = Stepper(config, ranks, model, averaged, loss, discriminator)
         self.batches = self._open(config.data, "data", run.batch_size, run.seed, ranks)
         if found is None:
-            self.state.samples = len(self.batches.samples)
+            self.state.samples, self.state.data = len(self.batches.samples), _fingerprint(self.batches.samples)
         else:
             self._restore(saved)
         validation = None
@@ -142,12 +160,13 @@ class Trainer:
         run, report, state = self.config.run, self.config.report, self.state
         first, start = state.step, time.perf_counter()
         batches = self.batches.ahead(range(first, run.steps), self.config.data.workers)
-        with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(stop_requested())
-            stack.enter_context(contextlib.closing(batches))
-            stack.enter_context(self.reporter.open(self.output, first))
-            # From here on nothing is wrong use.
-            stack.enter_context(stopping(RESUME))
+        # From here on nothing is wrong use.
+        with (
+            stopping(RESUME),
+            stop_requested() as stop,
+            contextlib.closing(batches),
+            self.reporter.open(self.output, first),
+        ):
             for batch in batches:
                 outcome = self.stepper.step(state.step, batch)
                 state.step += 1
@@ -162,7 +181,9 @@ class Trainer:
                 if report.checkpoint_steps and state.step % report.checkpoint_steps == 0:
                     self._save()
             self._save()
-        exported = self._export() if state.step >= run.steps else None
+            exported = self._export() if state.step >= run.steps else None
+        for reason, count in sorted(state.left_out.items()):
+            logger.info("%d samples left out: %s", count, reason)
         seconds = time.perf_counter() - start
         return TrainReport(
             state.step, run.steps, state.step - first, seconds, state.skipped, exported is None, exported
@@ -198,13 +219,15 @@ class Trainer:
         state, limit = self.state, self.config.run.nonfinite_limit
         state.left_out = dict(Counter(state.left_out) + batch.left_out)
         if outcome.finite:
+            state.skipped_in_a_row = 0
             return
         state.skipped += 1
+        state.skipped_in_a_row += 1
         logger.warning("step %d skipped: error %g, norm of the gradient %g", state.step, outcome.mse, outcome.grad_norm)
-        if state.skipped > limit:
+        if state.skipped_in_a_row > limit:
             raise JobError(
-                f"{state.skipped} steps were not finite, the limit is {limit}; the last checkpoint is intact. Lower "
-                f"[optimizer] learning_rate or max_grad_norm, or train in float32"
+                f"{state.skipped_in_a_row} steps in a row were not finite, the limit is {limit}; the last checkpoint "
+                f"is intact. Lower [optimizer] learning_rate or max_grad_norm, or train in float32"
             )
 
     def _restore(self, saved: dict[str, Tensor]) -> None:
@@ -213,6 +236,11 @@ class Trainer:
             raise ValueError(
                 f"the run in {self.output} had {self.state.samples} samples, [data] path now has {samples}: the order "
                 f"would be another one; put the data back, or choose another [run] output"
+            )
+        if _fingerprint(self.batches.samples) != self.state.data:
+            raise ValueError(
+                f"the run in {self.output} had other samples than [data] path has now; put the data back, or choose "
+                f"another [run] output"
             )
         try:
             self._load(saved)
@@ -233,8 +261,10 @@ class Trainer:
         stepper.codebook.counts.copy_(saved["codebook_counts"])
 
     def _save(self) -> None:
+        left_out = sum_over_ranks(Counter(self.state.left_out))
         if not self.ranks.is_first:
             return
+        self.reporter.sync()
         stepper, state = self.stepper, self.state
         state.threshold = stepper.loss.threshold.state_dict()
         tensors = optimizer_tensors(stepper.optimizer, stepper.trained, "optimizer")
@@ -243,7 +273,8 @@ class Trainer:
             tensors |= optimizer_tensors(stepper.judge, stepper.judged, "judge")
             tensors |= {f"discriminator.{name}": parameter for name, parameter in stepper.judged}
         keep = self.config.report.keep_checkpoints
-        write_checkpoint(self.output, stepper.model, stepper.averaged, tensors, state, keep=keep)
+        whole = dataclasses.replace(state, left_out=dict(left_out))
+        write_checkpoint(self.output, stepper.model, stepper.averaged, tensors, whole, keep=keep)
 
     def _export(self) -> Path:
         """Write the model that the run was for: the averaged weights where there are any."""

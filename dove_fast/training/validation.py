@@ -13,7 +13,7 @@ from dove_fast.losses import region_mse
 from dove_fast.models.dove import DOVE
 from dove_fast.training.batches import TrainingBatch
 
-__all__ = ["Validation", "length_warning", "validate"]
+__all__ = ["Validation", "length_warning", "spread", "validate"]
 
 # Share of the images from which on all of them are taken to have the same length.
 COLLAPSED = 0.99

@@ -163,6 +163,27 @@ def test_autocast_and_training_mode(sharp):
         assert name == "embed_in.weight" or parameter.grad.isfinite().all(), name
 
 
+def test_layers_with_hooks(sharp):
+    """A hook of the last layer's projection is called for the prefix, too."""
+    model = copy.deepcopy(sharp)
+    model.generator.layers[-1].attention.query_key_value.register_forward_hook(lambda _, __, out: out * 1.5)
+    images = sample_images(6).double()
+    expected = model.tokenize(images, QUERIES, engine="oracle")
+    found = training_forward(model, images, QUERIES)
+    assert found.tokens.host_lengths == expected.host_lengths
+    assert_close(found.tokens.values.detach(), expected.values)
+
+
+def test_autocast_does_not_narrow_the_residual(sharp):
+    """With and without a query in the batch an image is computed alike."""
+    model = copy.deepcopy(sharp).float()
+    images = sample_images(4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        alone = training_forward(model, images[:1], lengths=[8]).tokens.values
+        others = training_forward(model, images, [None, torch.tensor([1]), None, None], lengths=[8] * 4)
+    assert_close(others.tokens[0], alone, 1e-3)
+
+
 def test_without_gradients(sharp):
     with torch.no_grad():
         found = training_forward(sharp, sample_images(3).double())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ from dove_fast import DOVE
 from dove_fast.errors import CheckpointError
 from dove_fast.failures import JobError
 from dove_fast.training import train
-from dove_fast.training.checkpoint import latest_checkpoint
+from dove_fast.training.checkpoint import latest_checkpoint, optimizer_tensors
 from dove_fast.training.distributed import Ranks
-from dove_fast.training.log import read_log
+from dove_fast.training.log import RunLog, read_log
+from dove_fast.training.step import Stepper
 from dove_fast.training.trainer import Trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -149,6 +152,8 @@ def test_two_processes_train_as_one(tmp_path):
         "run": {"accumulation": 1, "steps": 6, "output": str(tmp_path / "one")},
         # By halves of the batch the adaptive factor is another one.
         "loss": {"adaptive_adversarial": False, "adversarial_start": 2},
+        # Crops that now and then leave nothing of a box.
+        "data": {"smallest_crop": 0.3},
     }
     train(make_run(tmp_path, **changes), ALONE)
     changes["run"]["output"] = str(tmp_path / "two")
@@ -156,13 +161,17 @@ def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "dove_fast.cli", "train", str(config), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("6 of 6 steps") == 1
+    for computed in (6, 3):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"6 of 6 steps, {computed} now") == 1
+        # As if it had been killed behind step 3.
+        shutil.rmtree(latest_checkpoint(tmp_path / "two"))
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for alone, shared in zip(one, two, strict=True):
         assert alone.keys() == shared.keys()
+        assert alone["step"] < 6 or alone["left_out"] > 0
         for name, value in alone.items():
             wanted = pytest.approx(value, rel=2e-3, abs=1e-6) if isinstance(value, (int, float)) else value
             assert shared[name] == wanted, (alone["step"], name)
@@ -181,7 +190,12 @@ def test_accumulation_changes_rounding_alone(tmp_path):
 @pytest.mark.parametrize(
     ("run", "loss", "trained", "still"),
     [
-        ({"frozen": "vqgan"}, {"codebook_weight": 0.0}, ("generator.", "out_proj"), ("vqgan.",)),
+        (
+            {"frozen": "vqgan"},
+            {"codebook_weight": 0.0, "adaptive_adversarial": False},
+            ("generator.", "out_proj"),
+            ("vqgan.",),
+        ),
         (
             {"frozen": "encoder"},
             {"codebook_weight": 0.0},
@@ -216,7 +230,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
         "loss": {"adversarial_weight": 0.0, "adaptive_adversarial": False},
         "report": {"validation_steps": 0, "picture_steps": 0},
     }
-    with pytest.raises(JobError, match="4 steps were not finite, the limit is 3"):
+    with pytest.raises(JobError, match="4 steps in a row were not finite, the limit is 3"):
         train(make_run(tmp_path, **changes), ALONE)
     skipped = [line["skipped"] for line in lines_of(tmp_path / "run")]
     assert skipped[0] == 0 and skipped[-1] == 3
@@ -224,10 +238,54 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     assert json.loads((latest_checkpoint(tmp_path / "run") / "state.json").read_text())["skipped"] <= 3
 
 
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    config = make_run(tmp_path, run={"codebook_restart_steps": 0, "forced_length_share": 0.0})
+    trainer = Trainer(config, ALONE, tmp_path / "run")
+    stepper = trainer.stepper
+    for step in range(2):
+        assert stepper.step(step, trainer.batches[step]).finite
+    forward = stepper._objective.forward
+
+    def poisoned(*arguments, **options):
+        result = forward(*arguments, **options)
+        return replace(result, terms=replace(result.terms, total=result.terms.total * float("nan")))
+
+    def state():
+        moments = optimizer_tensors(stepper.optimizer, stepper.trained, "optimizer")
+        tensors = {**stepper.model.state_dict(), **moments}
+        tensors |= {f"ema.{name}": tensor for name, tensor in stepper.averaged.state_dict().items()}
+        return {name: tensor.clone() for name, tensor in tensors.items()}, stepper.loss.threshold.state_dict()
+
+    before, tau = state()
+    stepper._objective.forward = poisoned
+    assert not stepper.step(2, trainer.batches[2]).finite
+    after, same_tau = state()
+    assert tau == same_tau
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    stepper._objective.forward = forward
+    assert stepper.step(3, trainer.batches[3]).finite
+    assert not torch.equal(state()[0]["in_proj.weight"], before["in_proj.weight"])
+
+
+def test_skips_that_are_scattered_do_not_stop_a_run(tmp_path, monkeypatch):
+    config = make_run(tmp_path, run={"nonfinite_limit": 1, "steps": 8}, report={"validation_steps": 0})
+    step = Stepper.step
+
+    def every_second(self, number, batch):
+        outcome = step(self, number, batch)
+        return replace(outcome, finite=number % 2 == 0)
+
+    monkeypatch.setattr(Stepper, "step", every_second)
+    assert train(config, ALONE).skipped == 4
+
+
 def test_refuses_what_does_not_fit(whole, tmp_path):
     folder, _ = whole
     with pytest.raises(ValueError, match=r"\[optimizer\] learning_rate = 0.001, now it is 0.1"):
         train(make_run(folder, optimizer={"learning_rate": 0.1}), ALONE)
+    with pytest.raises(ValueError, match="adaptive_adversarial measures gradients at the VQGAN decoder's last layer"):
+        make_run(folder, run={"frozen": "vqgan", "codebook_restart_steps": 0}, loss={"codebook_weight": 0.0})
     with pytest.raises(ValueError, match="multiple of 1 processes times accumulation = 3"):
         train(make_run(folder, run={"accumulation": 3, "output": str(tmp_path / "a")}), ALONE)
     (tmp_path / "b").mkdir()
@@ -251,22 +309,26 @@ def test_one_process_a_run(tmp_path):
 def test_other_data_are_noticed(tmp_path):
     config = make_run(tmp_path, run={"steps": 2}, data={"kind": "folder", "path": str(tmp_path / "pictures")})
     train(config, ALONE)
-    (tmp_path / "pictures/00.jpg").unlink()
+    (tmp_path / "pictures/00.jpg").rename(tmp_path / "pictures/00a.jpg")
+    with pytest.raises(ValueError, match="had other samples than"):
+        train(config, ALONE)
+    (tmp_path / "pictures/00a.jpg").unlink()
     with pytest.raises(ValueError, match=r"had 12 samples, .* now has 11"):
         train(config, ALONE)
 
 
 def test_goes_on_without_texts(tmp_path):
     """The query embedding never gets a gradient then, and has no moments."""
-    changes = {"data": {"kind": "folder", "path": str(tmp_path / "pictures")}, "report": {"validation_steps": 0}}
+    changes = {"data": {"kind": "folder", "path": str(tmp_path / "pictures")}, "optimizer": {"schedule": "constant"}}
     train(make_run(tmp_path, run={"steps": 2}, **changes), ALONE)
     assert train(make_run(tmp_path, run={"steps": 4}, **changes), ALONE).computed == 2
 
 
 def test_goes_on_without_what_it_started_from(tmp_path):
-    train(make_run(tmp_path, run={"steps": 2}), ALONE)
+    constant = {"schedule": "constant"}
+    train(make_run(tmp_path, run={"steps": 2}, optimizer=constant), ALONE)
     (tmp_path / "start/config.json").unlink()
-    assert train(make_run(tmp_path, run={"steps": 3}), ALONE).computed == 1
+    assert train(make_run(tmp_path, run={"steps": 3}, optimizer=constant), ALONE).computed == 1
 
 
 def test_killed_while_the_settings_were_written(tmp_path):
@@ -276,6 +338,36 @@ def test_killed_while_the_settings_were_written(tmp_path):
     left.write_text("{")
     assert train(config, ALONE).step == 1
     assert not left.exists()
+
+
+@pytest.mark.parametrize("where", ["RunLog.write", "RunLog.sync", "Trainer._export"])
+def test_a_full_disk_anywhere(tmp_path, monkeypatch, where):
+    config = make_run(tmp_path, run={"steps": 4}, report={"validation_steps": 0})
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner, name = where.split(".")
+    with monkeypatch.context() as patched:
+        patched.setattr({"RunLog": RunLog, "Trainer": Trainer}[owner], name, fail)
+        with pytest.raises(JobError, match="No space left on device; run the same command again to go on"):
+            train(config, ALONE)
+    assert train(config, ALONE).step == 4
+
+
+def test_steps_may_change_where_the_curve_does_not(tmp_path):
+    train(make_run(tmp_path, run={"steps": 2}), ALONE)
+    with pytest.raises(ValueError, match=r"\[run\] steps = 2, now it is 4"):
+        train(make_run(tmp_path, run={"steps": 4}), ALONE)
+
+
+def test_settings_of_before_a_field_was_new(tmp_path):
+    train(make_run(tmp_path, run={"steps": 1}), ALONE)
+    path = tmp_path / "run/run.json"
+    content = json.loads(path.read_text())
+    del content["config"]["run"]["recompute"]
+    path.write_text(json.dumps(content))
+    assert train(make_run(tmp_path, run={"steps": 1}), ALONE).computed == 0
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"format_version"', '{"format_version": 99, "config": {}}'])
