@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,12 +20,12 @@ class Picture:
     path: str
     span: tuple[int, int] | None = None
 
-    def encoded(self) -> str | bytes:
-        """Return what `decode_image` takes: the path, or the bytes. Raises `OSError` for an archive that is gone."""
-        if self.span is None:
-            return self.path
-        offset, size = self.span
-        with open(self.path, "rb") as file:
+    def encoded(self) -> bytes:
+        """Return the bytes, which `decode_image` takes. Raises `OSError` for a file that cannot be read."""
+        with open(self.path, "rb", opener=_open_without_waiting) as file:
+            if self.span is None:
+                return file.read()
+            offset, size = self.span
             file.seek(offset)
             return file.read(size)
 
@@ -41,6 +42,11 @@ class Sample:
     text: str = ""
     boxes: tuple[Box, ...] = ()
     frame: tuple[float, float] = (1.0, 1.0)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # A pipe that has no writer is empty then, instead of waiting for one.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Samples(Protocol):

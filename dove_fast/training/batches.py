@@ -130,6 +130,10 @@ class Batches:
                 return "text too long"
         try:
             image = decode_image(sample.picture.encoded()).image
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            # Other failures of the disk are not the picture's: they stop the run, which can go on later.
+            logger.debug("%s cannot be read: %s", sample.picture.key, error)
+            return "cannot be read"
         except DecodeError as error:
             logger.debug("%s cannot be decoded: %s", sample.picture.key, error)
             return "cannot be decoded"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 
 import numpy as np
@@ -12,6 +14,7 @@ from made_runs import make_shard, make_tokenizer
 
 from dove_fast.data.crop import RandomCrop
 from dove_fast.data.folder import ImageFolder
+from dove_fast.data.samples import Picture
 from dove_fast.data.webdataset import WebDataset
 from dove_fast.failures import JobError
 from dove_fast.text import TextTokenizer
@@ -87,6 +90,24 @@ def test_bad_pictures_are_counted_and_replaced(pictures):
     # Once an epoch each, and again where they were drawn as a substitute.
     assert sum(left_out.values()) >= 8 and all(reason.startswith("cannot be decoded") for reason in left_out)
     assert batches[0].images.shape == (12, 3, SIZE, SIZE)
+
+
+def test_files_that_cannot_be_read(pictures, monkeypatch):
+    samples = ImageFolder(pictures)
+    (pictures / "00.jpg").unlink()
+    os.mkfifo(pictures / "pipe.png")
+    listed = ImageFolder(pictures)
+    gone = sum((batches_of(samples)[step].left_out for step in range(5)), Counter())
+    assert set(gone) == {"cannot be read"}
+    piped = sum((batches_of(listed)[step].left_out for step in range(5)), Counter())
+    assert set(piped) == {"cannot be decoded"}
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Picture, "encoded", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        batches_of(samples)[0]
 
 
 def test_only_bad_pictures(tmp_path):
