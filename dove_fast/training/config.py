@@ -354,8 +354,6 @@ def _toml() -> Any:
         import tomllib
 
         return tomllib
-    try:
-        import tomli
-    except ImportError:
-        raise ImportError("reading a TOML file needs tomli with Python 3.10: pip install 'dove-fast[train]'") from None
+    import tomli
+
     return tomli
