@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dove_fast.generation.linear import PackedLinears
 from dove_fast.models.derived import Derived
-from dove_fast.models.gpt_neox import Attention, GPTNeoX, Layer, add_and_normalise, rotary_table
+from dove_fast.models.gpt_neox import Attention, GPTNeoX, Layer, add_and_normalise, rotary_table, rotate
 from dove_fast.ops import prefix_attention
 from dove_fast.ragged import RaggedTokens
 
@@ -63,6 +64,14 @@ def _attend(attention: Attention, qkv: Tensor, attend: Callable[..., Tensor], li
     return linears(attention.dense, attend(q, k, v).flatten(1))
 
 
+def _attend_all(q: Tensor, k: Tensor, v: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
+    """Attend from and to all positions of rows of T, q, k and v (B * T, H, D); cos and sin (T, rotary_dim)."""
+    rows = q.shape[0] // len(cos), len(cos)
+    q, k, v = (t.unflatten(0, rows).transpose(1, 2) for t in (q, k, v))
+    attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
 def decode(
     decoder: GPTNeoX,
     tokens: RaggedTokens,
@@ -79,7 +88,7 @@ def decode(
     """
     batch, lengths, device = len(tokens), tokens.host_lengths, tokens.values.device
     cos, sin = rotary_table(torch.arange(num_tokens, device=device), decoder.config)
-    attend = functools.partial(
+    attend: Callable[..., Tensor] = functools.partial(
         prefix_attention,
         cu_seqlens=torch.arange(0, (batch + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device),
         max_seqlen=num_tokens,
@@ -88,9 +97,12 @@ def decode(
         causal=False,
         key_lengths=None if attends_padding else tokens.cu_seqlens.diff(),
     )
-    first, *others = cast("Sequence[Layer]", decoder.layers)
     # With gradients it is computed anew, for its graph.
     grad = torch.is_grad_enabled()
+    if grad and attends_padding:
+        # torch's own keeps what its backward needs; that of `prefix_attention` computes the forward again.
+        attend = functools.partial(_attend_all, cos=cos, sin=sin)
+    first, *others = cast("Sequence[Layer]", decoder.layers)
     zero: ZeroRow = (_compute if grad else kept_zero_row)(*first.parameters(), layer=first)
     x = tokens.values
     _, for_attention, for_mlp = add_and_normalise(x, (), first.input_layernorm, first.post_attention_layernorm)

@@ -90,14 +90,22 @@ class _Runner:
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         # Each position's place in its row.
         total = sum(lengths)
+        is_full = total == len(lengths) * longest
         row = torch.repeat_interleave(torch.tensor(lengths, device=device), output_size=total)
         places = torch.arange(total, device=device) - offsets[:-1].long()[row]
 
         def run(layer: Layer, for_attention: Tensor, for_mlp: Tensor) -> tuple[Tensor, ...]:
             q, k, v = _split(layer, for_attention).unbind(2)
-            cos, sin = self.cos[:longest], self.sin[:longest]
-            attended = prefix_attention(q, k, v, offsets, max_seqlen=longest, cos=cos, sin=sin)
-            return layer.mlp(for_mlp), layer.attention.dense(attended.flatten(1)), self._turn(k, places), v
+            turned = self._turn(k, places)
+            if is_full:
+                # torch's own keeps what its backward needs; that of `prefix_attention` computes the forward again.
+                queries, keys, values = (padded(part) for part in (self._turn(q, places), turned, v))
+                attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+                attended = attended.transpose(1, 2).flatten(0, 1)
+            else:
+                cos, sin = self.cos[:longest], self.sin[:longest]
+                attended = prefix_attention(q, k, v, offsets, max_seqlen=longest, cos=cos, sin=sin)
+            return layer.mlp(for_mlp), layer.attention.dense(attended.flatten(1)), turned, v
 
         def only_keys(layer: Layer, for_attention: Tensor) -> tuple[Tensor, ...]:
             # Nothing reads what the last layer makes of the prefix.
@@ -114,7 +122,7 @@ class _Runner:
             return self._turn(k, places), v
 
         def padded(values: Tensor) -> Tensor:
-            if total == len(lengths) * longest:
+            if is_full:
                 return values.unflatten(0, (-1, longest)).transpose(1, 2)
             return unpack(values, offsets, longest).transpose(1, 2)
 

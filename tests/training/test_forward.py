@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from small_models import NUM_TOKENS, micro_config, micro_model, sample_images
-from tolerances import assert_close, relative_error
+from tolerances import RELATIVE, assert_close, relative_error
 
 from dove_fast import DOVE
 from dove_fast.losses import DOVELoss, LossConfig, PatchDiscriminator
@@ -175,13 +175,19 @@ def test_layers_with_hooks(sharp):
 
 
 def test_autocast_does_not_narrow_the_residual(sharp):
-    """With and without a query in the batch an image is computed alike."""
+    """With and without a query in the batch: what the layers add up starts in the weights' dtype."""
     model = copy.deepcopy(sharp).float()
-    images = sample_images(4)
+    none = torch.empty(0, dtype=torch.int64)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        alone = training_forward(model, images[:1], lengths=[8]).tokens.values
-        others = training_forward(model, images, [None, torch.tensor([1]), None, None], lengths=[8] * 4)
-    assert_close(others.tokens[0], alone, 1e-3)
+        features = model.encode(sample_images(2))
+        assert model.in_proj(features).dtype == torch.bfloat16
+        for queries in ([none, none], [none, torch.tensor([1])]):
+            assert {prefix.dtype for prefix in model.prefixes(features, queries)} == {torch.float32}
+        alone = training_forward(model, sample_images(4)[:1], lengths=[8]).tokens.values
+        others = training_forward(
+            model, sample_images(4), [None, torch.tensor([1]), None, None], lengths=[8] * 4
+        ).tokens[0]
+    assert_close(others, alone, RELATIVE[torch.bfloat16])
 
 
 def test_without_gradients(sharp):
