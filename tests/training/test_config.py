@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -319,3 +320,10 @@ def test_the_learning_rate_without_a_rise_or_a_fall():
     longer = OptimizerConfig(learning_rate=2.0, warmup_steps=4)
     assert [longer.learning_rate_at(step, 3) for step in range(3)] == pytest.approx([0.5, 1, 1.5])
     assert longer.learning_rate_at(4, 4) == 2
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples").rglob("*.toml")), ids=lambda path: path.name
+)
+def test_the_examples_are_valid(path):
+    assert TrainConfig.from_toml(path).run.steps > 0
