@@ -31,7 +31,8 @@ class TrainingForward:
     """What the losses read, with a graph where a parameter needs one.
 
     reconstruction: (B, 3, S, S), not clamped. eos_logits: (B, T) fp32 at least, NaN behind each image's last token, as
-    `losses.eos_loss` takes them. tokens: the tokens. features: (B, N, C), the VQGAN's.
+    `losses.eos_loss` takes them. tokens: the tokens. features: (B, N, C), the VQGAN's. grid: (B, C, h, w), what the
+    token decoder makes of them, before the codebook.
     positions_computed, positions_of_all: the generator's positions, and those of the plain forward.
     """
 

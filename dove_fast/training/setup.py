@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from dove_fast.training.config import ModelSource, TrainConfig
 from dove_fast.training.log import PICTURES
 
 __all__ = ["build_loss", "build_model", "run_directory"]
+
+logger = logging.getLogger(__name__)
 
 RUN_NAME, LOCK_NAME, MODEL = "run.json", "run.lock", "model"
 FORMAT_VERSION = 1
@@ -59,6 +62,7 @@ def build_loss(config: TrainConfig, *, allow_download: bool) -> tuple[QDOVELoss,
     with _seeded(config.run.seed):
         if config.loss.adversarial_weight:
             discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
+            logger.info("the discriminator starts from random weights at step %d", config.loss.adversarial_start)
         if config.loss.perceptual_weight:
             perceptual = LPIPS(
                 config.perceptual.net, weights=config.perceptual.weights or None, allow_download=allow_download
@@ -107,8 +111,11 @@ def _check_settings(path: Path, config: TrainConfig, downloads: bool) -> None:
         raise CheckpointError(f"{path} is damaged ({error!r}); choose another [run] output") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
-    # With the defaults of fields that are newer than the run.
-    earlier = TrainConfig.from_dict(earlier).to_dict()
+    try:
+        # With the defaults of fields that are newer than the run.
+        earlier = TrainConfig.from_dict(earlier).to_dict()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no run of this version ({error}); choose another [run] output") from None
     if downloaded != downloads:
         raise ValueError(
             f"{path.parent} holds a run {'with' if downloaded else 'without'} --allow-download, whose LPIPS is another "

@@ -103,7 +103,9 @@ def test_a_download_is_left_to_torchvision(monkeypatch, caplog, squeeze_state):
 def test_a_file_comes_before_a_download(monkeypatch, tmp_path, squeeze_state):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads"))
     save_file(squeeze_state, tmp_path / "w.safetensors")
-    LPIPS("squeeze", weights=tmp_path / "w.safetensors", allow_download=True)
+    ours = LPIPS("squeeze", weights=tmp_path / "w.safetensors", allow_download=True)
+    backbone = ours.lpips.get_submodule("net").state_dict()
+    assert torch.equal(backbone["slice1.0.weight"], squeeze_state["features.0.weight"])
 
 
 def test_the_gradient_goes_to_the_reconstruction_alone(squeeze):

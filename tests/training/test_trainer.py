@@ -173,7 +173,7 @@ def test_two_processes_train_as_one(tmp_path):
         assert alone.keys() == shared.keys()
         assert alone["step"] < 6 or alone["left_out"] > 0
         for name, value in alone.items():
-            wanted = pytest.approx(value, rel=2e-3, abs=1e-6) if isinstance(value, (int, float)) else value
+            wanted = pytest.approx(value, rel=2e-4, abs=1e-6) if isinstance(value, (int, float)) else value
             assert shared[name] == wanted, (alone["step"], name)
 
 
@@ -370,12 +370,21 @@ def test_settings_of_before_a_field_was_new(tmp_path):
     assert train(make_run(tmp_path, run={"steps": 1}), ALONE).computed == 0
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"format_version"', '{"format_version": 99, "config": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"format_version": 1, "config": {}, "downloaded": false}',
+        '{"format_version"',
+        '{"format_version": 99, "config": {}}',
+    ],
+)
 def test_settings_that_are_damaged(tmp_path, content):
     config = make_run(tmp_path, run={"steps": 1}, report={"validation_steps": 0})
     train(config, ALONE)
     (tmp_path / "run/run.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"run\.json (is damaged|has format version 99)"):
+    with pytest.raises(CheckpointError, match=r"run\.json (is damaged|has format version 99|holds no run)"):
         train(config, ALONE)
 
 
