@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from dove_fast.fields import check_fields
 
 __all__ = ["LossConfig"]
 
@@ -41,18 +42,7 @@ class LossConfig:
     threshold_window: int = 100
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            name = f"LossConfig.{field.name}"
-            if field.type == "bool":
-                if not isinstance(value, bool):
-                    raise TypeError(f"{name} must be true or false, got {value!r}")
-                continue
-            kinds = (int,) if field.type == "int" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise TypeError(f"{name} must be {'an int' if field.type == 'int' else 'a number'}, got {value!r}")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        check_fields(self, "LossConfig.")
         for name in ("eos_weight_start", "eos_weight_end", "eos_weight_steps", "threshold_window"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"LossConfig.{name} must be above 0, got {getattr(self, name)}")

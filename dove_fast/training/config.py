@@ -10,8 +10,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from dove_fast.fields import check_fields
 from dove_fast.losses.config import LossConfig
 
 __all__ = [
@@ -32,25 +33,6 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16")
 PRESETS = ("base", "tiny")
 PERCEPTUAL_NETS = ("vgg", "alex", "squeeze")
-
-
-def _check(section: Any, name: str) -> None:
-    """Check every field's type; what is a number must be finite and not negative. Errors name section and field."""
-    for key, kind in get_type_hints(type(section)).items():
-        value: Any = getattr(section, key)
-        if kind in (int, float):
-            allowed: tuple[type, ...] = (int,) if kind is int else (int, float)
-            if isinstance(value, bool) or not isinstance(value, allowed):
-                raise TypeError(f"[{name}] {key} must be {'an int' if kind is int else 'a number'}, got {value!r}")
-            try:
-                number = float(value)  # type: ignore[arg-type]
-            except OverflowError:
-                number = math.inf
-            if not math.isfinite(number) or number < 0:
-                raise ValueError(f"[{name}] {key} must be finite and not negative, got {value}")
-        elif not isinstance(value, kind):
-            wanted = {bool: "true or false", str: "a string"}.get(kind, f"a {kind.__name__}")
-            raise TypeError(f"[{name}] {key} must be {wanted}, got {value!r}")
 
 
 def _check_choice(section: Any, name: str, key: str, choices: tuple[str, ...]) -> None:
@@ -80,7 +62,7 @@ class ModelSource:
     tokenizer: str = ""
 
     def __post_init__(self) -> None:
-        _check(self, "model")
+        check_fields(self, "[model] ")
         given = [key for key in ("preset", "config", "checkpoint") if getattr(self, key)]
         if len(given) != 1:
             raise ValueError(f"[model] must have one of preset, config and checkpoint, got {given or 'none'}")
@@ -108,7 +90,7 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        _check(self, "data")
+        check_fields(self, "[data] ")
         _check_choice(self, "data", "kind", DATA_KINDS)
         _check_above_zero(self, "data", "smallest_crop", "workers")
         for key in ("smallest_crop", "text_dropout"):
@@ -147,7 +129,7 @@ class RunConfig:
     nonfinite_limit: int = 100
 
     def __post_init__(self) -> None:
-        _check(self, "run")
+        check_fields(self, "[run] ")
         _check_choice(self, "run", "stage", STAGES)
         _check_choice(self, "run", "frozen", FROZEN)
         _check_choice(self, "run", "precision", PRECISIONS)
@@ -181,7 +163,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, "optimizer")
+        check_fields(self, "[optimizer] ")
         _check_choice(self, "optimizer", "schedule", SCHEDULES)
         _check_above_zero(self, "optimizer", "learning_rate")
         for key in ("beta1", "beta2", "final_share"):
@@ -210,7 +192,7 @@ class DiscriminatorConfig:
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check(self, "discriminator")
+        check_fields(self, "[discriminator] ")
         _check_above_zero(self, "discriminator", "channels", "layers", "learning_rate")
 
 
@@ -226,7 +208,7 @@ class PerceptualConfig:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        _check(self, "perceptual")
+        check_fields(self, "[perceptual] ")
         _check_choice(self, "perceptual", "net", PERCEPTUAL_NETS)
 
 
@@ -249,7 +231,7 @@ class ReportConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, "report")
+        check_fields(self, "[report] ")
         _check_above_zero(self, "report", "validation_images", "pictures", "keep_checkpoints")
 
 
