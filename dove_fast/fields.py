@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 __all__ = ["check_fields"]
 
@@ -25,6 +25,10 @@ def check_fields(section: Any, prefix: str) -> None:
                 is_sound = False
             if not is_sound:
                 raise ValueError(f"{prefix}{key} must be finite and not negative, got {value}")
+        elif get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            if not isinstance(value, tuple) or not all(isinstance(element, item) for element in value):
+                raise TypeError(f"{prefix}{key} must be a list of tables, got {value!r}")
         elif not isinstance(value, kind):
             wanted = {bool: "true or false", str: "a string"}.get(kind, f"a {kind.__name__}")
             raise TypeError(f"{prefix}{key} must be {wanted}, got {value!r}")

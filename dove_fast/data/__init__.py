@@ -6,7 +6,7 @@ from dove_fast.data.listing import ImageInput, list_inputs
 from dove_fast.data.load import Loaded, SetAside, load_image
 from dove_fast.data.open_images import OpenImages
 from dove_fast.data.prefetch import prefetch
-from dove_fast.data.samples import Picture, Sample, Samples
+from dove_fast.data.samples import JoinedSamples, Picture, Sample, Samples
 from dove_fast.data.transform import ShortSideCenterCrop
 from dove_fast.data.visual_genome import VisualGenome
 from dove_fast.data.webdataset import WebDataset
@@ -17,6 +17,7 @@ __all__ = [
     "DecodedImage",
     "ImageFolder",
     "ImageInput",
+    "JoinedSamples",
     "Loaded",
     "OpenImages",
     "Picture",

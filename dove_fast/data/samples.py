@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
-__all__ = ["Box", "Picture", "Sample", "Samples"]
+__all__ = ["Box", "JoinedSamples", "Picture", "Sample", "Samples"]
 
 # left, top, right, bottom; y grows downwards.
 Box = tuple[float, float, float, float]
@@ -61,3 +66,29 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample:
         """Return the sample at `index`, from 0."""
         ...
+
+
+class JoinedSamples:
+    """Several data sets as one, one behind the other; `left_out` counts what all of them left out, by reason.
+
+    Raises `ValueError` for no data sets.
+    """
+
+    def __init__(self, sets: Sequence[Samples]) -> None:
+        if not sets:
+            raise ValueError("there are no data sets to join")
+        self._sets = list(sets)
+        self._ends = list(accumulate(map(len, self._sets)))
+        self.left_out: dict[str, int] = dict(sum((Counter(samples.left_out) for samples in self._sets), Counter()))
+
+    def __len__(self) -> int:
+        """Return the number of samples of all sets."""
+        return self._ends[-1]
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Return the sample at `index`, from 0; raises `IndexError` beyond the last and below 0."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be at least 0 and below {len(self)}, got {index}")
+        which = bisect_right(self._ends, index)
+        return self._sets[which][index - (self._ends[which - 1] if which else 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from dove_fast.losses.config import LossConfig
 
 __all__ = [
     "DataConfig",
+    "DataSource",
     "DiscriminatorConfig",
     "ModelSource",
     "OptimizerConfig",
@@ -28,7 +30,13 @@ __all__ = [
 
 STAGES = ("vqgan", "dove")
 FROZEN = ("vqgan", "encoder", "nothing")
-DATA_KINDS = ("folder", "webdataset", "visual-genome", "open-images")
+# With the regions that each has to choose from.
+DATA_KINDS = {
+    "folder": (),
+    "webdataset": (),
+    "visual-genome": ("descriptions", "questions", "all"),
+    "open-images": ("relationships", "boxes", "all"),
+}
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16")
 PRESETS = ("base", "tiny")
@@ -52,7 +60,7 @@ class ModelSource:
     """[model]: where the weights start. One of the first three is given.
 
     preset: "base" or "tiny", random weights by `[run] seed`. config: a JSON file of a `DOVEConfig`, random weights.
-    checkpoint: a directory that `DOVE.save_pretrained` wrote. tokenizer: a `tokenizers` file for texts; "" takes the
+    checkpoint: what `DOVE.from_pretrained` takes. tokenizer: a `tokenizers` file for texts; "" takes the
     checkpoint's.
     """
 
@@ -71,31 +79,53 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """[data] and [validation]: pictures, and for Q-DOVE their texts and regions.
+class DataSource:
+    """[[data.more]]: one data set.
 
     kind: "folder" (a folder of pictures or a text file of paths), "webdataset" (.tar shards: a directory, or a path
     with braces), "visual-genome" or "open-images" (the directory with their publishers' files). path: where it is.
-    split: of Open Images. smallest_crop: crops are squares of this share of the short side up to all of it.
-    mirror: half of the crops are mirrored, but not where a text is read. text_dropout: this share of the texts is left
-    out, and the region is then the whole picture; the paper's value. workers: threads that decode.
+    split: of Open Images. regions: which of them, where the kind has several: "descriptions" or "questions" of Visual
+    Genome, "relationships" or "boxes" of Open Images, "all"; "" for all of Visual Genome and for the relationships.
     """
 
     path: str = ""
     kind: str = "folder"
     split: str = "train"
+    regions: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "[data] ")
+        _check_choice(self, "data", "kind", tuple(DATA_KINDS))
+        _check_choice(self, "data", "regions", ("", *DATA_KINDS[self.kind]))
+
+
+@dataclass(frozen=True)
+class DataConfig(DataSource):
+    """[data] and [validation]: pictures, and for Q-DOVE their texts and regions; a data set, and more behind it.
+
+    smallest_crop: crops are squares of this share of the short side up to all of it. mirror: half of the crops are
+    mirrored, but not where a text is read. text_dropout: this share of the texts is left out, and the region is then
+    the whole picture; the paper's value. workers: threads that decode. more: further data sets, each sample of all of
+    them once an epoch.
+    """
+
     smallest_crop: float = 0.5
     mirror: bool = True
     text_dropout: float = 0.5
     workers: int = 2
+    more: tuple[DataSource, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self, "[data] ")
-        _check_choice(self, "data", "kind", DATA_KINDS)
+        super().__post_init__()
         _check_above_zero(self, "data", "smallest_crop", "workers")
         for key in ("smallest_crop", "text_dropout"):
             if getattr(self, key) > 1:
                 raise ValueError(f"[data] {key} must be at most 1, got {getattr(self, key)}")
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """Every data set, in order."""
+        return (self, *self.more)
 
 
 @dataclass(frozen=True)
@@ -251,7 +281,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, data in (("data", self.data), ("validation", self.validation)):
-            if data is not None and not data.path:
+            if data is not None and not all(source.path for source in data.sources):
                 raise ValueError(f"[{name}] path must name the pictures")
         frozen = self.run.stage == "dove" and self.run.frozen == "vqgan"
         if self.loss.adversarial_weight and self.loss.adaptive_adversarial and frozen:
@@ -300,7 +330,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` takes; JSON can hold it."""
         values = {name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS if getattr(self, name)}
-        return dict(values)
+        return dict(json.loads(json.dumps(values)))
 
 
 _SECTIONS: dict[str, Any] = {
@@ -323,8 +353,11 @@ def _section(kind: Any, table: object, name: str) -> Any:
     unknown = sorted(set(table) - set(known))
     if unknown:
         raise ValueError(f"[{name}] has no field {unknown[0]!r}; the fields are {', '.join(known)}")
+    values = dict(table)
+    if isinstance(values.get("more"), list):
+        values["more"] = tuple(_section(DataSource, more, f"{name}.more") for more in values["more"])
     try:
-        return kind(**table)
+        return kind(**values)
     except (TypeError, ValueError) as error:
         # A class may serve two sections, and that of the losses knows of none.
         text = re.sub(r"^(\[\w+\] |\w+\.)", "", str(error))

@@ -15,6 +15,7 @@ from dove_fast.losses import LossConfig
 from dove_fast.training import TrainConfig
 from dove_fast.training.config import (
     DataConfig,
+    DataSource,
     DiscriminatorConfig,
     ModelSource,
     OptimizerConfig,
@@ -39,7 +40,12 @@ HINTS = {
     name: {key: {"int": int, "float": float, "bool": bool, "str": str}.get(kind, kind) for key, kind in hints.items()}
     for name, hints in ((name, get_type_hints(section)) for name, section in SECTIONS.items())
 }
-FIELDS = [(section, key, kind) for section, hints in HINTS.items() for key, kind in hints.items()]
+FIELDS = [
+    (section, key, kind)
+    for section, hints in HINTS.items()
+    for key, kind in hints.items()
+    if kind in (int, float, str, bool)
+]
 NUMBERS = [(section, key, kind) for section, key, kind in FIELDS if kind in (int, float)]
 
 # A value for every field that is not its default.
@@ -64,6 +70,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "path": "shards",
         "kind": "open-images",
         "split": "validation",
+        "regions": "boxes",
         "smallest_crop": 0.75,
         "mirror": False,
         "text_dropout": 0.125,
@@ -156,7 +163,7 @@ def test_reads_what_toml_can_spell(tmp_path):
 def test_every_field_goes_there_and_back(tmp_path):
     for section, fields in SECTIONS.items():
         for key, default in ((field.name, field.default) for field in dataclasses.fields(fields)):
-            assert section == "model" or OTHER[section][key] != default, (section, key)
+            assert section == "model" or key == "more" or OTHER[section][key] != default, (section, key)
     config = TrainConfig.from_toml(write_toml(tmp_path / "run.toml", OTHER))
     for section, values in OTHER.items():
         for key, value in values.items():
@@ -250,6 +257,48 @@ def test_a_choice_is_one_of_those_it_names(section, key, known):
     assert message == f"[{section}] {key} must be one of {', '.join(map(repr, known))}, got 'VQGAN'"
     for value in known:
         assert getattr(getattr(make(**{section: {key: value}}), section), key) == value
+
+
+def test_more_data_sets(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[run]\noutput = "out"\n[model]\npreset = "tiny"\n[data]\npath = "a"\n'
+        '[[data.more]]\npath = "b"\nkind = "open-images"\nregions = "all"\n[[data.more]]\npath = "c"\n'
+    )
+    config = TrainConfig.from_toml(path)
+    more = (DataSource(path="b", kind="open-images", regions="all"), DataSource(path="c"))
+    assert config.data.more == more
+    assert config.data.sources == (config.data, *more)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+    assert refusal(ValueError, data={"more": [{"path": "b"}, {}]}) == "[data] path must name the pictures"
+    assert refusal(ValueError, data={"more": [{"path": "b", "workers": 1}]}).startswith(
+        "[data.more] has no field 'workers'; the fields are path, kind, split, regions"
+    )
+    assert refusal(ValueError, data={"more": [{"path": "b", "kind": "x"}]}).startswith(
+        "[data.more] kind must be one of"
+    )
+    assert refusal(TypeError, data={"more": [3]}) == "[data.more] must be a table, got 3"
+    assert refusal(TypeError, data={"more": "b"}).startswith("[data] more must be a list of tables")
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [
+        ("folder", ()),
+        ("webdataset", ()),
+        ("visual-genome", ("descriptions", "questions", "all")),
+        ("open-images", ("relationships", "boxes", "all")),
+    ],
+)
+def test_regions_are_those_of_the_kind(kind, choices):
+    for regions in ("", "descriptions", "questions", "relationships", "boxes", "all"):
+        if regions in ("", *choices):
+            assert make(data={"kind": kind, "regions": regions}).data.regions == regions
+        else:
+            message = refusal(ValueError, data={"kind": kind, "regions": regions})
+            assert message.startswith("[data] regions must be one of ''")
 
 
 def test_one_source_of_weights():
