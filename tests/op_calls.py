@@ -111,6 +111,18 @@ def group_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     return (ops.group_norm_silu(x, 4, weight, bias, backend=backend),)
 
 
+def gradient_inputs(generator: Generator, dtype: torch.dtype) -> list[Tensor]:
+    """Return grad, x, mean, rstd, weight, bias."""
+    x, weight, bias = channels_last_inputs(generator, dtype)
+    _, mean, rstd = torch.ops.dove_fast.group_norm_silu(x, 4, weight, bias, 1e-6, "silu", "reference")
+    grad = normal(generator, dtype, *x.shape).contiguous(memory_format=torch.channels_last)
+    return [grad, x, mean, rstd, weight, bias]
+
+
+def group_norm_gradients(backend: str, *arguments: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.dove_fast.group_norm_silu_backward(*arguments, "silu", backend)
+
+
 def layer_norm(backend: str, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return ops.layer_norm_pair(x, *parameters, addends=(first, second), backend=backend)
 
@@ -147,6 +159,7 @@ CALLS = [
     Call("prefix_attention_limited", "prefix_attention", ("triton",), limited_inputs, attend_limited),
     Call("group_norm_silu", "group_norm_silu", ("triton",), norm_inputs, group_norm),
     Call("group_norm_silu_channels_last", "group_norm_silu", ("triton",), channels_last_inputs, group_norm),
+    Call("group_norm_silu_backward", "group_norm_silu_backward", ("triton",), gradient_inputs, group_norm_gradients),
     Call(
         "layer_norm_pair",
         "layer_norm_pair",

@@ -42,8 +42,7 @@ def group_norm_silu(
     CPU that too is two passes that allocate nothing else of x's size; sums are in fp32 over parts of an image, which
     the shape decides, and in fp64 over parts and images in their order: threads do not matter, nor, for x's gradient,
     does the rest of the batch. A second derivative is not implemented: asking for one raises `RuntimeError`.
-    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference, and so does the
-    backward of "triton").
+    backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
     Raises `TypeError` for other types or dtypes, `ValueError` for shapes that do not fit, an unknown activation or
     tensors on different devices, `BackendError` where the backend cannot run.
     Source: METHOD section 1, the VQGAN's GroupNorm(32) + SiLU; Wu and He, Group Normalization (arXiv 1803.08494).
@@ -193,7 +192,10 @@ registry.register(
         missing=extension.why_no_native,
         dtypes=frozenset((*DTYPE_CODES, torch.float64)),
     ),
-    # There is no kernel of ours: the reference, so that whoever asks for "triton" can train.
-    triton=Implementation(reference.group_norm_silu_backward, missing=why_no_triton),
+    triton=Implementation(
+        deferred("dove_fast.ops.group_norm_silu.triton_kernel", "group_norm_silu_backward"),
+        missing=why_no_triton,
+        dtypes=frozenset((*TRITON_TYPES, torch.float64)),
+    ),
     reference=Implementation(reference.group_norm_silu_backward),
 )

@@ -1,5 +1,6 @@
 """group_norm_silu in Triton: statistics of slabs by channel, their merge by group, and normalisation: three launches.
 
+The backward takes the first two again, for what the rounding of the mean lost, and then its own three of the same form.
 Both layouts are one picture, x[image, pixel, channel], with one of the last two adjacent in memory. A slab is some
 pixels of an image; how many depends on the shape alone, and slabs are merged in one tree: the result is deterministic,
 and an image's does not depend on its batch.
@@ -7,13 +8,16 @@ and an image's does not depend on its batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dove_fast.ops.group_norm_silu import reference
-from dove_fast.ops.group_norm_silu.reference import channels_innermost, dense
+from dove_fast.ops.group_norm_silu.reference import channels_innermost, dense, like
 from dove_fast.ops.launch import TRITON_TYPES, KernelCase, Tile, launch
 
 # Most slabs of an image: one program merges those of a group.
@@ -141,6 +145,160 @@ def _normalise(
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _gradient_of_normal(
+    grad, x, weight, bias, mean, rest, rstd, image, pixel, channel, pixels, channels, groups, last,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The gradient behind SiLU and the normalised values, both (BLOCK_P, BLOCK_C), 0 where there are none."""
+    known = channel < channels
+    offsets, there = _place(image, pixel, channel, pixels, channels, last, CHANNELS_LAST)
+    group = image * groups + channel // (channels // groups)
+    values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
+    slope = tl.load(grad + offsets, mask=there, other=0.0).to(tl.float32)
+    shift = tl.load(mean + group, mask=known, other=0.0)
+    lost = tl.load(rest + group, mask=known, other=0.0)
+    normal = (values - shift[None, :] - lost[None, :]) * tl.load(rstd + group, mask=known, other=0.0)[None, :]
+    if SILU:
+        scale = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+        offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+        before = normal * scale[None, :] + offset[None, :]
+        gate = 1.0 / (1.0 + tl.exp(-before))
+        slope = slope * gate * (1.0 + before * (1.0 - gate))
+    return tl.where(there, slope, 0.0), tl.where(there, normal, 0.0), offsets, there
+
+
+@triton.jit
+def _gradient_sums(
+    grad, x, weight, bias, mean, rest, rstd, sums, products, pixels, channels, groups, slabs, slab_pixels,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over a slab of the gradient, and of it times the normalised value -> (images, slabs, channels) fp32."""
+    image, slab = tl.program_id(0).to(tl.int64) // slabs, tl.program_id(0) % slabs
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = slab * slab_pixels
+    last = tl.minimum(first + slab_pixels, pixels)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    moment = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        slope, normal, _, _ = _gradient_of_normal(
+            grad, x, weight, bias, mean, rest, rstd, image, pixel, channel, pixels, channels, groups, last,
+            SILU, CHANNELS_LAST,
+        )  # fmt: skip
+        total += tl.sum(slope, 0)
+        moment += tl.sum(slope * normal, 0)
+    target = tl.program_id(0).to(tl.int64) * channels + channel
+    tl.store(sums + target, total, mask=channel < channels)
+    tl.store(products + target, moment, mask=channel < channels)
+
+
+@triton.jit
+def _merge_gradients(
+    sums, products, weight, of_bias, of_weight, mean_slope, mean_product, pixels, channels, slabs, slab_pixels, groups,
+    BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """A group's slabs -> of_bias, of_weight (images, channels), and the means of both times weight (images, groups)."""
+    image, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0) % groups
+    width = channels // groups
+    slope = 0.0
+    product = 0.0
+    for start in range(0, width, BLOCK_W):
+        lane = start + tl.arange(0, BLOCK_W)
+        source, there, _ = _slabs(image, group, lane, width, channels, slabs, slab_pixels, pixels, BLOCK_S)
+        total = tl.sum(tl.load(sums + source, mask=there, other=0.0), 0)
+        moment = tl.sum(tl.load(products + source, mask=there, other=0.0), 0)
+        channel = group * width + lane
+        tl.store(of_bias + image * channels + channel, total, mask=lane < width)
+        tl.store(of_weight + image * channels + channel, moment, mask=lane < width)
+        scale = tl.load(weight + channel, mask=lane < width, other=0.0).to(tl.float32)
+        slope += tl.sum(total * scale, 0)
+        product += tl.sum(moment * scale, 0)
+    count = 1.0 * pixels * width
+    tl.store(mean_slope + tl.program_id(0), slope / count)
+    tl.store(mean_product + tl.program_id(0), product / count)
+
+
+@triton.jit
+def _gradient(
+    grad, x, out, weight, bias, mean, rest, rstd, mean_slope, mean_product, pixels, channels, groups, blocks,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient for x -> out: what its group's mean and variance take part in is taken off."""
+    image, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = channel < channels
+    pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    slope, normal, offsets, there = _gradient_of_normal(
+        grad, x, weight, bias, mean, rest, rstd, image, pixel, channel, pixels, channels, groups, pixels,
+        SILU, CHANNELS_LAST,
+    )  # fmt: skip
+    group = image * groups + channel // (channels // groups)
+    scale = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    common = tl.load(mean_slope + group, mask=known, other=0.0)
+    aligned = tl.load(mean_product + group, mask=known, other=0.0)
+    result = slope * scale[None, :] - common[None, :] - normal * aligned[None, :]
+    result *= tl.load(rstd + group, mask=known, other=0.0)[None, :]
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=there)
+
+
+def _merging(slabs: int, width: int) -> Tile:
+    # With 4 warps the compiler spills on 9.0.
+    return Tile(
+        {
+            "BLOCK_S": triton.next_power_of_2(slabs),
+            "BLOCK_W": min(_MERGED_CHANNELS, triton.next_power_of_2(width)),
+        },
+        num_warps=8,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a picture x is cut up: the tile of its layout, programs, and slabs."""
+
+    chosen: Tile
+    pixels: int
+    channels: int
+    groups: int
+    blocks: int
+    across: int
+    slabs: int
+    slab_pixels: int
+
+    @classmethod
+    def of(cls, x: Tensor, num_groups: int) -> _Plan:
+        """Plan for x (B, C, *), dense and not empty."""
+        chosen = tile(channels_innermost(x))
+        pixels, channels = x.shape[2:].numel(), x.shape[1]
+        block_p = chosen.constants["BLOCK_P"]
+        blocks = triton.cdiv(pixels, block_p)
+        slab_pixels = triton.cdiv(blocks, _MAX_SLABS) * block_p
+        slabs = triton.cdiv(pixels, slab_pixels)
+        across = triton.cdiv(channels, chosen.constants["BLOCK_C"])
+        return cls(chosen, pixels, channels, num_groups, blocks, across, slabs, slab_pixels)
+
+    @property
+    def merging(self) -> Tile:
+        """The tile of the kernels that merge a group's slabs."""
+        return _merging(self.slabs, self.channels // self.groups)
+
+    def with_activation(self, activation: str | None) -> Tile:
+        """The tile of the kernels that know the activation."""
+        return Tile({"SILU": activation == "silu", **self.chosen.constants})
+
+    def statistics(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each group's mean, what that lost by its rounding, and 1 / sqrt(variance + eps), (B, G) fp32."""
+        images = len(x)
+        slabbed = [x.new_empty((images, self.slabs, self.channels), dtype=torch.float32) for _ in range(3)]
+        shape = (self.pixels, self.channels, self.slabs, self.slab_pixels)
+        launch(_statistics, (images * self.slabs, self.across), self.chosen, x.device, x, *slabbed, *shape)
+        found = tuple(x.new_empty((images, self.groups), dtype=torch.float32) for _ in range(3))
+        launch(_merge, (images * self.groups,), self.merging, x.device, *slabbed, *found, *shape, self.groups, eps)
+        mean, rest, rstd = found
+        return mean, rest, rstd
+
+
 def tile(channels_last: bool) -> Tile:
     """Return the tile of 4096 elements for a layout: long in the direction that is adjacent in memory."""
     block_p, block_c = (32, 128) if channels_last else (1024, 4)
@@ -154,72 +312,74 @@ def group_norm_silu(
     if x.dtype not in TRITON_TYPES:
         return reference.group_norm_silu(x, num_groups, weight, bias, eps, activation)
     x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
-    images, channels = x.shape[:2]
-    pixels = x.shape[2:].numel()
     out = torch.empty_like(x)
-    mean, rest, rstd = (x.new_empty((images, num_groups), dtype=torch.float32) for _ in range(3))
     if x.numel() == 0:
-        return out, mean.fill_(torch.nan), rstd.fill_(torch.nan)
-    chosen = tile(channels_innermost(x))
-    block_p, block_c = chosen.constants["BLOCK_P"], chosen.constants["BLOCK_C"]
-    blocks, across = triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)
-    slab_pixels = triton.cdiv(blocks, _MAX_SLABS) * block_p
-    slabs = triton.cdiv(pixels, slab_pixels)
-    slabbed = [x.new_empty((images, slabs, channels), dtype=torch.float32) for _ in range(3)]
-    shape = (pixels, channels)
-    launch(_statistics, (images * slabs, across), chosen, x.device, x, *slabbed, *shape, slabs, slab_pixels)
-    width = min(_MERGED_CHANNELS, triton.next_power_of_2(channels // num_groups))
-    merging = Tile({"BLOCK_S": triton.next_power_of_2(slabs), "BLOCK_W": width})
-    merged = (*slabbed, mean, rest, rstd, *shape, slabs, slab_pixels, num_groups, eps)
-    launch(_merge, (images * num_groups,), merging, x.device, *merged)
-    applying = Tile({"SILU": activation == "silu", **chosen.constants})
-    launch(
-        _normalise,
-        (images * blocks, across),
-        applying,
-        x.device,
-        x,
-        out,
-        weight,
-        bias,
-        mean,
-        rest,
-        rstd,
-        *shape,
-        num_groups,
-        blocks,
-    )
+        nothing = x.new_full((len(x), num_groups), torch.nan, dtype=torch.float32)
+        return out, nothing, nothing.clone()
+    plan = _Plan.of(x, num_groups)
+    mean, rest, rstd = plan.statistics(x, eps)
+    grid = (len(x) * plan.blocks, plan.across)
+    parts = (x, out, weight, bias, mean, rest, rstd, plan.pixels, plan.channels, num_groups, plan.blocks)
+    launch(_normalise, grid, plan.with_activation(activation), x.device, *parts)
     return out, mean, rstd
 
 
+def group_norm_silu_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.group_norm_silu_backward`; float64 goes there, and so does nothing.
+
+    The mean is computed again, as what its rounding lost is not kept; rstd is taken as it came.
+    """
+    if x.dtype not in TRITON_TYPES or x.numel() == 0:
+        return reference.group_norm_silu_backward(grad, x, mean, rstd, weight, bias, activation)
+    x, weight, bias, rstd = dense(x), weight.contiguous(), bias.contiguous(), rstd.contiguous()
+    grad = like(grad, x)
+    out = torch.empty_like(x)
+    images, num_groups = mean.shape
+    plan = _Plan.of(x, num_groups)
+    mean, rest, _ = plan.statistics(x, 0.0)
+    normal = (weight, bias, mean, rest, rstd)
+    applying = plan.with_activation(activation)
+    sums, products = (x.new_empty((images, plan.slabs, plan.channels), dtype=torch.float32) for _ in range(2))
+    shape = (plan.pixels, plan.channels)
+    slabs = (plan.slabs, plan.slab_pixels)
+    summing = (grad, x, *normal, sums, products, *shape, num_groups, *slabs)
+    launch(_gradient_sums, (images * plan.slabs, plan.across), applying, x.device, *summing)
+    of_bias, of_weight = (x.new_empty((images, plan.channels), dtype=torch.float32) for _ in range(2))
+    slope, product = (x.new_empty((images, num_groups), dtype=torch.float32) for _ in range(2))
+    merging = (sums, products, weight, of_bias, of_weight, slope, product, *shape, *slabs, num_groups)
+    launch(_merge_gradients, (images * num_groups,), plan.merging, x.device, *merging)
+    parts = (grad, x, out, *normal, slope, product, *shape, num_groups, plan.blocks)
+    launch(_gradient, (images * plan.blocks, plan.across), applying, x.device, *parts)
+    return out, of_weight.sum(0), of_bias.sum(0)
+
+
 def cases() -> list[KernelCase]:
-    """Return the launches: both layouts, with and without SiLU, and the merge at its largest."""
+    """Return the launches: both layouts, with and without SiLU, and the merges at their largest."""
     found = []
-    sizes = dict.fromkeys(("pixels", "channels"), "i32:16")
-    statistics = dict.fromkeys(("shifts", "means", "squares", "mean", "rest", "rstd"), "*fp32:16")
-    merge = statistics | sizes | dict.fromkeys(("slabs", "slab_pixels", "groups"), "i32:16") | {"eps": "fp32"}
+    fp32 = ("shifts", "means", "squares", "mean", "rest", "rstd", "sums", "products", "mean_slope", "mean_product")
+    multiples = ("pixels", "channels", "groups", "slab_pixels")
+    shared = dict.fromkeys((*fp32, "of_bias", "of_weight"), "*fp32:16") | dict.fromkeys(multiples, "i32:16")
+    shared |= {"slabs": "i32", "blocks": "i32", "eps": "fp32"}
+
+    def add(name: str, kernel: Any, dtype: str, chosen: Tile, *, slow: bool = False) -> None:
+        types = shared | dict.fromkeys(("grad", "x", "out", "weight", "bias"), f"*{dtype}:16")
+        arguments = {name: types[name] for name in kernel.arg_names if name not in chosen.constants}
+        found.append(KernelCase(f"group_norm_silu/{name}", kernel, arguments, chosen, slow=slow))
+
     for width in (4, _MERGED_CHANNELS):
-        constants = {"BLOCK_S": _MAX_SLABS, "BLOCK_W": width}
-        found.append(KernelCase(f"group_norm_silu/merge/W={width}", _merge, merge, Tile(constants)))
+        merging = _merging(_MAX_SLABS, width)
+        add(f"merge/W={width}", _merge, "fp32", merging)
+        add(f"merge_gradients/W={width}", _merge_gradients, "fp32", merging)
     for dtype in TRITON_TYPES.values():
         for name, channels_last in (("channels-last", True), ("contiguous", False)):
             chosen = tile(channels_last)
-            types = {"x": f"*{dtype}:16", **dict.fromkeys(("shifts", "means", "squares"), "*fp32:16"), **sizes}
-            types |= {"slabs": "i32", "slab_pixels": "i32:16"}
-            found.append(KernelCase(f"group_norm_silu/statistics/{dtype}/{name}", _statistics, types, chosen))
-            types = dict.fromkeys(("x", "out", "weight", "bias"), f"*{dtype}:16")
-            types |= {
-                "mean": "*fp32:16",
-                "rest": "*fp32:16",
-                "rstd": "*fp32:16",
-                **sizes,
-                "groups": "i32:16",
-                "blocks": "i32",
-            }
+            add(f"statistics/{dtype}/{name}", _statistics, dtype, chosen)
             for silu in (True, False):
                 applying = Tile({"SILU": silu, **chosen.constants})
-                form = "silu" if silu else "plain"
-                found.append(
-                    KernelCase(f"group_norm_silu/{form}/{dtype}/{name}", _normalise, types, applying, slow=not silu)
-                )
+                form = f"{'silu' if silu else 'plain'}/{dtype}/{name}"
+                add(form, _normalise, dtype, applying, slow=not silu)
+                add(f"gradient_sums/{form}", _gradient_sums, dtype, applying, slow=not silu)
+                add(f"gradient/{form}", _gradient, dtype, applying, slow=not silu)
     return found
