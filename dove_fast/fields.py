@@ -28,7 +28,7 @@ def check_fields(section: Any, prefix: str) -> None:
         elif get_origin(kind) is tuple:
             item = get_args(kind)[0]
             if not isinstance(value, tuple) or not all(isinstance(element, item) for element in value):
-                raise TypeError(f"{prefix}{key} must be a list of tables, got {value!r}")
+                raise TypeError(f"{prefix}{key} must be a tuple of {item.__name__}, got {value!r}")
         elif not isinstance(value, kind):
             wanted = {bool: "true or false", str: "a string"}.get(kind, f"a {kind.__name__}")
             raise TypeError(f"{prefix}{key} must be {wanted}, got {value!r}")

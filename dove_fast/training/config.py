@@ -96,7 +96,9 @@ class DataSource:
     def __post_init__(self) -> None:
         check_fields(self, "[data] ")
         _check_choice(self, "data", "kind", tuple(DATA_KINDS))
-        _check_choice(self, "data", "regions", ("", *DATA_KINDS[self.kind]))
+        if self.regions and self.regions not in DATA_KINDS[self.kind]:
+            choices = ", ".join(map(repr, DATA_KINDS[self.kind])) or "left out"
+            raise ValueError(f"[data] regions of kind {self.kind!r} must be {choices}, got {self.regions!r}")
 
 
 @dataclass(frozen=True)
@@ -281,8 +283,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, data in (("data", self.data), ("validation", self.validation)):
-            if data is not None and not all(source.path for source in data.sources):
-                raise ValueError(f"[{name}] path must name the pictures")
+            if data is None:
+                continue
+            for section, source in ((name, data), *((f"{name}.more", more) for more in data.more)):
+                if not source.path:
+                    raise ValueError(f"[{section}] path must name the pictures")
         frozen = self.run.stage == "dove" and self.run.frozen == "vqgan"
         if self.loss.adversarial_weight and self.loss.adaptive_adversarial and frozen:
             raise ValueError(

@@ -121,7 +121,7 @@ def _check_settings(path: Path, config: TrainConfig, downloads: bool) -> None:
             f"{path.parent} holds a run {'with' if downloaded else 'without'} --allow-download, whose LPIPS is another "
             f"one; go on in the same way, or choose another [run] output"
         )
-    now = json.loads(json.dumps(config.to_dict()))
+    now = config.to_dict()
     for section in sorted(earlier.keys() | now.keys()):
         free: set[str] | None = FREE.get(section, set())
         if free is None:

@@ -272,7 +272,7 @@ def test_more_data_sets(tmp_path):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
 
-    assert refusal(ValueError, data={"more": [{"path": "b"}, {}]}) == "[data] path must name the pictures"
+    assert refusal(ValueError, data={"more": [{"path": "b"}, {}]}) == "[data.more] path must name the pictures"
     assert refusal(ValueError, data={"more": [{"path": "b", "workers": 1}]}).startswith(
         "[data.more] has no field 'workers'; the fields are path, kind, split, regions"
     )
@@ -280,7 +280,7 @@ def test_more_data_sets(tmp_path):
         "[data.more] kind must be one of"
     )
     assert refusal(TypeError, data={"more": [3]}) == "[data.more] must be a table, got 3"
-    assert refusal(TypeError, data={"more": "b"}).startswith("[data] more must be a list of tables")
+    assert refusal(TypeError, data={"more": "b"}).startswith("[data] more must be a tuple of DataSource")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,8 @@ def test_regions_are_those_of_the_kind(kind, choices):
             assert make(data={"kind": kind, "regions": regions}).data.regions == regions
         else:
             message = refusal(ValueError, data={"kind": kind, "regions": regions})
-            assert message.startswith("[data] regions must be one of ''")
+            wanted = ", ".join(map(repr, choices)) or "left out"
+            assert message == f"[data] regions of kind {kind!r} must be {wanted}, got {regions!r}"
 
 
 def test_one_source_of_weights():
