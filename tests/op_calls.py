@@ -113,10 +113,14 @@ def group_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
 
 def gradient_inputs(generator: Generator, dtype: torch.dtype) -> list[Tensor]:
     """Return grad, x, mean, rstd, weight, bias."""
-    x, weight, bias = channels_last_inputs(generator, dtype)
+    x, weight, bias = norm_inputs(generator, dtype)
     _, mean, rstd = torch.ops.dove_fast.group_norm_silu(x, 4, weight, bias, 1e-6, "silu", "reference")
-    grad = normal(generator, dtype, *x.shape).contiguous(memory_format=torch.channels_last)
-    return [grad, x, mean, rstd, weight, bias]
+    return [normal(generator, dtype, *x.shape), x, mean, rstd, weight, bias]
+
+
+def channels_last_gradient_inputs(generator: Generator, dtype: torch.dtype) -> list[Tensor]:
+    grad, x, *rest = gradient_inputs(generator, dtype)
+    return [*(tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x)), *rest]
 
 
 def group_norm_gradients(backend: str, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +163,13 @@ CALLS = [
     Call("prefix_attention_limited", "prefix_attention", ("triton",), limited_inputs, attend_limited),
     Call("group_norm_silu", "group_norm_silu", ("triton",), norm_inputs, group_norm),
     Call("group_norm_silu_channels_last", "group_norm_silu", ("triton",), channels_last_inputs, group_norm),
-    Call("group_norm_silu_backward", "group_norm_silu_backward", ("triton",), gradient_inputs, group_norm_gradients),
+    *(
+        Call(name, "group_norm_silu_backward", ("triton",), inputs, group_norm_gradients)
+        for name, inputs in (
+            ("group_norm_silu_backward", gradient_inputs),
+            ("group_norm_silu_backward_channels_last", channels_last_gradient_inputs),
+        )
+    ),
     Call(
         "layer_norm_pair",
         "layer_norm_pair",

@@ -48,7 +48,15 @@ def assert_gradients(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], t
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((2, 8, 5, 7), 8), ((1, 32, 16, 16), 32), ((3, 6, 1, 1), 2), ((2, 37, 9, 8), 1), ((2, 70, 3), 7), ((4, 6), 2)],
+    [
+        ((2, 8, 5, 7), 8),
+        ((1, 32, 16, 16), 32),
+        ((3, 6, 1, 1), 2),
+        ((2, 37, 9, 8), 1),
+        ((1, 160, 3, 5), 32),
+        ((2, 70, 3), 7),
+        ((4, 6), 2),
+    ],
     ids=str,
 )
 def test_gradients(backend, device, dtype, channels_last, activation, shape, groups):
@@ -91,12 +99,13 @@ def test_gradients_of_extreme_values(backend, device, channels_last):
     for scale in (large, -large):
         found = gradients(x, 2, scale, bias, grad, backend=backend)
         assert_gradients(found, truth_gradients(x, 2, scale, bias, grad), RELATIVE[x.dtype])
-    x[1, 0, 2, 3] = torch.nan
-    grad_x, grad_weight, grad_bias = gradients(x, 2, weight, bias, grad, backend=backend)
-    assert grad_x[1, :2].isnan().all(), "the group that holds NaN"
-    assert grad_x[1, 2:].isfinite().all() and grad_x[2].isfinite().all() and grad_x[0].isfinite().all()
-    for of_channels in (grad_weight, grad_bias):
-        assert of_channels[:2].isnan().all() and of_channels[2:].isfinite().all()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[1, 0, 2, 3] = value
+        grad_x, grad_weight, grad_bias = gradients(x, 2, weight, bias, grad, backend=backend)
+        assert grad_x[1, :2].isnan().all(), "the group that holds it"
+        assert grad_x[1, 2:].isfinite().all() and grad_x[2].isfinite().all() and grad_x[0].isfinite().all()
+        for of_channels in (grad_weight, grad_bias):
+            assert of_channels[:2].isnan().all() and of_channels[2:].isfinite().all()
 
 
 @every

@@ -41,7 +41,8 @@ def group_norm_silu(
     Backward for x, weight and bias keeps x and the statistics, and computes the normalised activations again. On the
     CPU that too is two passes that allocate nothing else of x's size; sums are in fp32 over parts of an image, which
     the shape decides, and in fp64 over parts and images in their order: threads do not matter, nor, for x's gradient,
-    does the rest of the batch. A second derivative is not implemented: asking for one raises `RuntimeError`.
+    does the rest of the batch. In Triton x is read three times, the gradient twice, and all sums are in fp32.
+    A second derivative is not implemented: asking for one raises `RuntimeError`.
     backend: None, "auto", "reference", "cpu" or "triton" (float64 always goes to the reference).
     Raises `TypeError` for other types or dtypes, `ValueError` for shapes that do not fit, an unknown activation or
     tensors on different devices, `BackendError` where the backend cannot run.

@@ -255,7 +255,7 @@ def _merging(slabs: int, width: int) -> Tile:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a picture x is cut up: the tile of its layout, programs, and slabs."""
+    """How x is cut up: `blocks` of BLOCK_P pixels an image, `across` of BLOCK_C channels, and slabs of whole blocks."""
 
     chosen: Tile
     pixels: int
@@ -327,7 +327,7 @@ def group_norm_silu(
 def group_norm_silu_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.group_norm_silu_backward`; float64 goes there, and so does nothing.
+    """As `reference.group_norm_silu_backward`; float64 and empty tensors go there.
 
     The mean is computed again, as what its rounding lost is not kept; rstd is taken as it came.
     """
@@ -338,6 +338,7 @@ def group_norm_silu_backward(
     out = torch.empty_like(x)
     images, num_groups = mean.shape
     plan = _Plan.of(x, num_groups)
+    # Without eps: its 1 / deviation, infinite for a constant group, is not used.
     mean, rest, _ = plan.statistics(x, 0.0)
     normal = (weight, bias, mean, rest, rstd)
     applying = plan.with_activation(activation)
@@ -365,7 +366,7 @@ def cases() -> list[KernelCase]:
 
     def add(name: str, kernel: Any, dtype: str, chosen: Tile, *, slow: bool = False) -> None:
         types = shared | dict.fromkeys(("grad", "x", "out", "weight", "bias"), f"*{dtype}:16")
-        arguments = {name: types[name] for name in kernel.arg_names if name not in chosen.constants}
+        arguments = {key: types[key] for key in kernel.arg_names if key not in chosen.constants}
         found.append(KernelCase(f"group_norm_silu/{name}", kernel, arguments, chosen, slow=slow))
 
     for width in (4, _MERGED_CHANNELS):
