@@ -46,6 +46,7 @@ Run the same command again to go on after an interruption. docs/TRAINING.md desc
 INFO_EXAMPLES = """examples:
   dove-fast info store/
   dove-fast info model/
+  dove-fast info tiny                                   the model that comes with the package
   dove-fast info                                        what was built, and which backends work"""
 
 EXIT_CODES = """exit codes: 0 done; 1 finished, but some inputs were set aside; 2 wrong use, a refused output, or
@@ -194,18 +195,22 @@ def _add_info(commands: Commands) -> None:
         "path",
         metavar="STORE|CHECKPOINT",
         nargs="?",
-        help="the directory of a token store or of a checkpoint (default: describe this installation)",
+        help="the directory of a token store or of a checkpoint, or tiny (default: describe this installation)",
     )
     parser.set_defaults(run=_info, resume="nothing was changed")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", metavar="DIR", help="the model's directory (default: the tiny model, untrained)"
+        "--checkpoint",
+        metavar="DIR",
+        help="the model's directory (default: tiny, the model of 64x64 pixels that comes with the package)",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: the checkpoint's; tiny's is float32)",
     )
     parser.add_argument(
         "--batch-size",
@@ -314,12 +319,6 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
     if loaded.model.device.type == "cpu" and native.why_no_native() is None:
         # The process is this job's alone, and goes through the same sizes batch after batch.
         keep_freed_memory()
-    if not loaded.trained:
-        print(
-            "dove-fast: warning: no --checkpoint, so this is the tiny model with random weights: it is untrained, and "
-            "its tokens and pictures mean nothing",
-            file=sys.stderr,
-        )
     return loaded
 
 
@@ -330,19 +329,20 @@ def _info(arguments: argparse.Namespace) -> int:
     from dove_fast.jobs.display import show_checkpoint, show_installation, show_store
     from dove_fast.jobs.info import is_checkpoint, is_store, summarize_checkpoint, summarize_store
     from dove_fast.models.checkpoint import CONFIG_NAME
+    from dove_fast.models.shipped import shipped_directory
     from dove_fast.store.layout import MANIFEST_NAME
 
     console = Console()
     if arguments.path is None:
         show_installation(console)
         return EXIT_DONE
-    path = Path(arguments.path)
+    path = shipped_directory(arguments.path) or Path(arguments.path)
     if not path.exists():
         raise FileNotFoundError(f"no token store or checkpoint at {path}")
     if not is_checkpoint(path) and not is_store(path):
         raise StoreError(f"{path} is neither a token store ({MANIFEST_NAME}) nor a checkpoint ({CONFIG_NAME})")
     if is_checkpoint(path):
-        show_checkpoint(summarize_checkpoint(path), str(path), console)
+        show_checkpoint(summarize_checkpoint(path), arguments.path, console)
     else:
         show_store(summarize_store(path), str(path), console)
     return EXIT_DONE

@@ -263,7 +263,7 @@ class DOVEConfig:
 
     @classmethod
     def tiny(cls) -> DOVEConfig:
-        """Return a small model (64x64 images, stride 8, T = 64, 4.6 M weights) for tests and first steps."""
+        """Return a small model (64x64 images, stride 8, T = 64, 4.6 M weights): what the shipped checkpoint has."""
         sizes: dict[str, Any] = {
             "hidden_size": 128,
             "num_hidden_layers": 4,

@@ -180,6 +180,7 @@ def test_build_without_cuda(sources, tmp_path, changes, reason):
         "info = dove_fast.build_info()\n"
         "assert info['native'] and not info['cuda'] and info['cuda_archs'] == [] and info['nvcc'] is None, info\n"
         "assert ops.pack(torch.ones(2, 3, 4), [1, 3], backend='cpu')[0].sum() == 16\n"
+        "assert dove_fast.DOVE.from_pretrained('tiny').config.image_size == 64\n"
         "print(dove_fast.__file__)\n"
         "print(info['cuda_reason'])\n"
         "print(dove_fast.native.why_no_cuda())\n"

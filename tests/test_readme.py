@@ -32,8 +32,6 @@ def test_python_blocks(tmp_path):
         "path/to/model": str(tmp_path / "model"),
         # For the whole process: not for the other tests'.
         "dove_fast.keep_freed_memory()": "dove_fast.keep_freed_memory",
-        # Of another model here.
-        "model.decode(store.ragged([0, 1]))": "DOVE(store.config).decode(store.ragged([0, 1]))",
         "LengthHistogram(256,": "LengthHistogram(64,",
     }.items():
         assert written in block, f"the README no longer has {written}"

@@ -1,4 +1,4 @@
-"""The model a job runs: from a checkpoint, or the untrained tiny preset, on its device and in its dtype."""
+"""The model a job runs: from a checkpoint, on its device and in its dtype."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dove_fast.config import DOVEConfig
 from dove_fast.errors import BackendError
 from dove_fast.models.dove import DOVE
+from dove_fast.models.shipped import SHIPPED
 from dove_fast.ops import registry
 from dove_fast.store.layout import DTYPES
 
 __all__ = ["LoadedModel", "default_device", "load_model"]
-
-# The untrained model must be the same one in every run: a store made with it can then be decoded.
-UNTRAINED_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,6 @@ class LoadedModel:
 
     model: DOVE
     fingerprint: str
-    trained: bool
 
 
 def default_device() -> torch.device:
@@ -39,23 +35,23 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint directory; None builds the tiny preset with seeded weights, which is untrained.
+    """Load a checkpoint: what `DOVE.from_pretrained` takes; None is the shipped model, even where a path is named tiny.
 
-    `device` None is `default_device()`; `dtype` is a key of `DTYPES`, None keeps the checkpoint's.
+    `device` None is `default_device()`; `dtype` is a key of `DTYPES`, None is `DOVE.from_pretrained`'s.
     Raises `FileNotFoundError` and `CheckpointError` as `DOVE.from_pretrained` does, `ValueError` for an unknown device
     or dtype, `BackendError` for a device that is not here, or a backend named by the environment that cannot run there.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
-    model = _untrained() if checkpoint is None else DOVE.from_pretrained(checkpoint)
+    model = DOVE.from_pretrained(SHIPPED["tiny"] if checkpoint is None else checkpoint)
     fingerprint = model.fingerprint()
     if dtype is not None:
         model = model.to(DTYPES[dtype])
     for op in registry.available_backends():
         # Refused before the job starts, not in the middle of it.
         registry.choose(op, target, model.dtype)
-    return LoadedModel(model.to(target).eval(), fingerprint, trained=checkpoint is not None)
+    return LoadedModel(model.to(target).eval(), fingerprint)
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -75,10 +71,3 @@ def _device(name: str | torch.device | None) -> torch.device:
         raise BackendError(f"device {name} is not here: torch sees {count} CUDA devices; use --device cpu")
     # With its number, because tensors on it report one.
     return torch.device("cuda", index)
-
-
-def _untrained() -> DOVE:
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPUs too.
-        torch.default_generator.manual_seed(UNTRAINED_SEED)
-        return DOVE(DOVEConfig.tiny()).eval()

@@ -22,6 +22,7 @@ from dove_fast.atomic import replacing
 from dove_fast.config import DOVEConfig, GPTNeoXConfig, VQGANConfig
 from dove_fast.errors import CheckpointError
 from dove_fast.models import foreign
+from dove_fast.models.shipped import SHIPPED
 
 __all__ = [
     "CONFIG_NAME",
@@ -178,7 +179,8 @@ def _read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint directory at {path}")
     if not (path / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{path} is not a checkpoint directory: it has no {CONFIG_NAME}")
+        hint = f"; the model that comes with the package is at {SHIPPED[str(path)]}" if str(path) in SHIPPED else ""
+        raise CheckpointError(f"{path} is not a checkpoint directory: it has no {CONFIG_NAME}{hint}")
     return _read_json(path / CONFIG_NAME)
 
 

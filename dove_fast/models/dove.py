@@ -36,6 +36,7 @@ from dove_fast.models.inputs import (
     raise_if_nonfinite,
     raise_if_nonfinite_tokens,
 )
+from dove_fast.models.shipped import is_shipped, shipped_directory
 from dove_fast.models.vqgan import VQGAN
 from dove_fast.ragged import RaggedTokens
 from dove_fast.text import TOKENIZER_NAME, TextTokenizer
@@ -102,10 +103,15 @@ class DOVE(nn.Module):
     def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> DOVE:
         """Load what `save_pretrained` wrote: `config.json` and `model.safetensors` (or its shards and their index).
 
-        A `tokenizer.json` beside them becomes `tokenizer`; the library that it needs is imported at the first text.
-        `dtype` casts the weights; None keeps the file's. The model is on the CPU, in evaluation mode.
+        The string "tiny", where no path has that name, stands for the trained model that comes with the package (64x64
+        pixels, at most 64 tokens). A `tokenizer.json` beside them becomes `tokenizer`; the library that it needs is
+        imported at the first text. `dtype` casts the weights; None keeps the file's. The shipped model is kept in
+        float16 to be small, and comes in float32. The model is on the CPU, in evaluation mode.
         Raises `FileNotFoundError` for no such directory, `CheckpointError` for anything else that is wrong.
         """
+        directory = shipped_directory(directory) or directory
+        if dtype is None and is_shipped(directory):
+            dtype = torch.float32
         config, tensors = checkpoint.read_dove(directory)
         model = _on_meta(config)
         checkpoint.assign(model, tensors, str(directory), dtype=dtype)

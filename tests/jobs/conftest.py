@@ -14,7 +14,7 @@ from dove_fast.jobs import LoadedModel
 @pytest.fixture(scope="session")
 def loaded() -> LoadedModel:
     model = micro_model()
-    return LoadedModel(model, model.fingerprint(), trained=True)
+    return LoadedModel(model, model.fingerprint())
 
 
 @pytest.fixture

@@ -7,27 +7,26 @@ import torch
 from made_pictures import make_pictures
 from small_models import micro_model
 
-from dove_fast import BackendError, DOVEConfig
+from dove_fast import DOVE, BackendError
 from dove_fast.cli import main
 from dove_fast.jobs import load_model
 
 
-def test_without_a_checkpoint_it_is_the_same_untrained_model_every_time():
-    state = torch.random.get_rng_state()
-    first = load_model(device="cpu")
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(99)
-    assert load_model(device="cpu").fingerprint == first.fingerprint
-    assert not first.trained
-    assert first.model.config == DOVEConfig.tiny()
-    assert not first.model.training
+def test_without_a_checkpoint_it_is_the_shipped_model_whatever_lies_around(tmp_path, monkeypatch):
+    micro_model().save_pretrained(tmp_path / "tiny")
+    shipped = DOVE.from_pretrained("tiny").fingerprint()
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model(device="cpu")
+    assert loaded.fingerprint == shipped
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
+    assert load_model("tiny", device="cpu").fingerprint == micro_model().fingerprint()
 
 
 def test_the_fingerprint_is_the_checkpoints_whatever_dtype_it_runs_in(tmp_path):
     model = micro_model()
     model.save_pretrained(tmp_path / "m")
     loaded = load_model(tmp_path / "m", device="cpu", dtype="bfloat16")
-    assert loaded.trained
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.fingerprint == model.fingerprint()
 

@@ -79,7 +79,7 @@ def test_texts_are_encoded_and_ids_are_kept(tokenizer):
 def test_a_store_of_texts_is_the_store_of_their_ids(tmp_path, photos, loaded, tokenizer):
     model = copy.deepcopy(loaded.model)
     model.tokenizer = tokenizer
-    reader = LoadedModel(model, loaded.fingerprint, trained=True)
+    reader = LoadedModel(model, loaded.fingerprint)
     options = TokenizeOptions(length=4)
     (tmp_path / "q.jsonl").write_text('{"key": "00.jpg", "text": "a red cat"}\n{"key": "deep/03.jpg", "ids": [4]}')
     texts = read_queries(tmp_path / "q.jsonl")
@@ -97,7 +97,7 @@ def test_a_store_of_texts_is_the_store_of_their_ids(tmp_path, photos, loaded, to
 def test_texts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, photos, loaded, tokenizer):
     model = copy.deepcopy(loaded.model)
     model.tokenizer = tokenizer
-    reader = LoadedModel(model, loaded.fingerprint, trained=True)
+    reader = LoadedModel(model, loaded.fingerprint)
     with pytest.raises(ValueError, match=r"the query of '00\.jpg' does not fit the model: .* 0 to 31, got 100"):
         tokenize(photos, tmp_path / "s", reader, queries={"00.jpg": "zebra"})
     with pytest.raises(ValueError, match=r"the query of '00\.jpg' is text, but this model has no tokenizer"):

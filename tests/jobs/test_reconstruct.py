@@ -84,7 +84,7 @@ def test_pictures_of_something_else_are_left_alone(tmp_path, store, loaded):
 
 
 def test_another_checkpoint_is_refused_with_both_fingerprints(tmp_path, store, loaded):
-    other = LoadedModel(loaded.model, "sha256:other", trained=True)
+    other = LoadedModel(loaded.model, "sha256:other")
     with pytest.raises(StoreError, match=f"its fingerprint is {loaded.fingerprint}, this checkpoint's is sha256:other"):
         reconstruct(store, tmp_path / "out", other)
     assert not (tmp_path / "out").exists()
@@ -125,7 +125,7 @@ def test_a_failing_disk_stops_the_job(tmp_path, store, loaded, monkeypatch):
 def test_decoding_takes_bfloat16_tokens(tmp_path, photos, loaded):
     import copy
 
-    narrow = LoadedModel(copy.deepcopy(loaded.model).to(torch.bfloat16), loaded.fingerprint, trained=True)
+    narrow = LoadedModel(copy.deepcopy(loaded.model).to(torch.bfloat16), loaded.fingerprint)
     tokenize(photos / "00.jpg", tmp_path / "s", narrow)
     reconstruct(TokenStore(tmp_path / "s"), tmp_path / "out", loaded)
     assert Image.open(tmp_path / "out/00.png").size == (16, 16)

@@ -119,7 +119,7 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path, photos, loaded):
     tokenize(photos, tmp_path / "s", loaded, OPTIONS)
     with pytest.raises(StoreError, match=r"made with other settings \(shard_size: 4, now 1024\)"):
         tokenize(photos, tmp_path / "s", loaded)
-    other = LoadedModel(loaded.model, "sha256:other", trained=True)
+    other = LoadedModel(loaded.model, "sha256:other")
     with pytest.raises(StoreError, match=r"another checkpoint \(fingerprint sha256:.*, now sha256:other"):
         tokenize(photos, tmp_path / "s", other, OPTIONS)
     Image.new("RGB", (5, 5)).save(photos / "new.png")
@@ -129,13 +129,13 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path, photos, loaded):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_are_stored_as_they_are(tmp_path, photos, loaded, dtype):
-    narrow = LoadedModel(copy.deepcopy(loaded.model).to(dtype), loaded.fingerprint, trained=True)
+    narrow = LoadedModel(copy.deepcopy(loaded.model).to(dtype), loaded.fingerprint)
     tokenize(photos / "00.jpg", tmp_path / "s", narrow)
     assert TokenStore(tmp_path / "s")[0].tokens.dtype == dtype
 
 
 def test_wide_weights_are_refused(tmp_path, photos, loaded):
-    wide = LoadedModel(copy.deepcopy(loaded.model).double(), loaded.fingerprint, trained=True)
+    wide = LoadedModel(copy.deepcopy(loaded.model).double(), loaded.fingerprint)
     with pytest.raises(
         ValueError, match=r"tokens are stored as float32, bfloat16, float16, the model is torch\.float64"
     ):
