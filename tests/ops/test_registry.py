@@ -67,7 +67,10 @@ def test_unknown_backend_lists_the_valid_ones(name):
 NO_NAME = r"backend must be None or one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 3 \(int\)"
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call.name != "pack"], ids=lambda call: call.name)
+# pack is called through torch's registry there, and a backward has no function of its own: torch checks the type.
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if call.name != "pack" and hasattr(ops, call.op)], ids=lambda call: call.name
+)
 def test_a_backend_that_is_no_name(call):
     with pytest.raises(TypeError, match=f"{call.op}: {NO_NAME}"):
         call.run(3, *call.on("cpu", 0, torch.float32))
