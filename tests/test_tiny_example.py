@@ -80,7 +80,6 @@ def test_a_region_is_what_its_caption_says(script):
 
 
 def test_report_and_curves(script, shards, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install '.[bench]'")
     report, curves = script("report"), script("curves")
     monkeypatch.setattr(report, "IMAGES", 64)
     monkeypatch.setattr(sys, "argv", ["report.py", "tiny", str(shards / "held-out"), str(tmp_path / "out")])
