@@ -25,7 +25,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     # Not named after `path`, whose name may be as long as a name can be.
     temporary = path.with_name(f".dove-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             yield file
             if durable:
                 file.flush()

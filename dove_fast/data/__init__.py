@@ -1,12 +1,14 @@
-"""Images in: listing and decoding them, the named transform, loading ahead in threads, and data sets to train on."""
+"""Images in: listing and decoding them, the named transform, loading ahead, and data sets to train on."""
 
 from dove_fast.data.decode import BACKGROUND, DecodedImage, DecodeError, decode_image
+from dove_fast.data.decoders import Decoders
 from dove_fast.data.folder import ImageFolder
 from dove_fast.data.listing import ImageInput, list_inputs
-from dove_fast.data.load import Loaded, SetAside, load_image
+from dove_fast.data.load import Loaded, load_image
 from dove_fast.data.open_images import OpenImages
-from dove_fast.data.prefetch import prefetch
+from dove_fast.data.prefetch import prefetch, read_ahead
 from dove_fast.data.samples import JoinedSamples, Picture, Sample, Samples
+from dove_fast.data.sources import EncodedImage, Source, SourceOptions, Unusable, open_source
 from dove_fast.data.transform import ShortSideCenterCrop
 from dove_fast.data.visual_genome import VisualGenome
 from dove_fast.data.webdataset import WebDataset
@@ -15,6 +17,8 @@ __all__ = [
     "BACKGROUND",
     "DecodeError",
     "DecodedImage",
+    "Decoders",
+    "EncodedImage",
     "ImageFolder",
     "ImageInput",
     "JoinedSamples",
@@ -23,12 +27,16 @@ __all__ = [
     "Picture",
     "Sample",
     "Samples",
-    "SetAside",
     "ShortSideCenterCrop",
+    "Source",
+    "SourceOptions",
+    "Unusable",
     "VisualGenome",
     "WebDataset",
     "decode_image",
     "list_inputs",
     "load_image",
+    "open_source",
     "prefetch",
+    "read_ahead",
 ]

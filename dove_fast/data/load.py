@@ -1,4 +1,4 @@
-"""From one input to one tensor, with failure as a value: what the loading threads run."""
+"""From one encoded image to one tensor, with failure as a value: what the decoding workers run."""
 
 from __future__ import annotations
 
@@ -9,36 +9,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dove_fast.data.decode import DecodeError, decode_image
-from dove_fast.data.listing import ImageInput
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Loaded", "SetAside", "load_image"]
+__all__ = ["Loaded", "load_image"]
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """A transformed image, uint8 (3, S, S), with the upright original's size."""
 
-    input: ImageInput
     pixels: Tensor
     width: int
     height: int
 
 
-@dataclass(frozen=True)
-class SetAside:
-    """An input that cannot be used, and why."""
-
-    input: ImageInput
-    reason: str
-
-
-def load_image(item: ImageInput, transform: Callable[[Image.Image], Tensor]) -> Loaded | SetAside:
-    """Decode and transform one input; what is wrong with it comes back as `SetAside`."""
+def load_image(content: str | bytes, transform: Callable[[Image.Image], Tensor]) -> Loaded | str:
+    """Decode and transform the file at a path, or an image's bytes; what is wrong with it comes back as a reason."""
     try:
-        decoded = decode_image(item.path)
-        return Loaded(item, transform(decoded.image), decoded.width, decoded.height)
+        decoded = decode_image(content)
+        return Loaded(transform(decoded.image), decoded.width, decoded.height)
     except DecodeError as error:
-        return SetAside(item, str(error))
+        return str(error)

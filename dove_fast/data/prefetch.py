@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["prefetch"]
+__all__ = ["prefetch", "read_ahead"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# Seconds that closing waits for an item that is being read.
+PATIENCE = 2.0
 
 
 def prefetch(
@@ -41,3 +46,55 @@ def _prefetch(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _End:
+    """Stands behind the last item in a queue, with what ended it."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+def read_ahead(items: Iterable[Item], *, depth: int) -> Generator[Item, None, None]:
+    """Yield the items, in order, read by a thread of their own at most `depth` ahead of the consumer.
+
+    What reading them raises is raised at its turn. Closing the generator waits `PATIENCE` seconds
+    at most for the item that is being read.
+    """
+    waiting: queue.Queue[Item | _End] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Item | _End) -> None:
+        while not closed.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            break
+
+    def read() -> None:
+        error: BaseException | None = None
+        iterator = iter(items)
+        try:
+            for item in iterator:
+                put(item)
+                if closed.is_set():
+                    break
+        except BaseException as raised:
+            error = raised
+        finally:
+            # In this thread, as generators are not passed on in the middle of a step.
+            if isinstance(iterator, Generator):
+                iterator.close()
+        put(_End(error))
+
+    thread = threading.Thread(target=read, name="dove-fast-read", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := waiting.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        closed.set()
+        thread.join(PATIENCE)

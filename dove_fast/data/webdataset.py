@@ -7,19 +7,20 @@ import json
 import math
 import operator
 import os
-import re
 import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from dove_fast.data.decode import DecodeError, upright_size
 from dove_fast.data.formats import SUFFIXES
 from dove_fast.data.listing import printable
 from dove_fast.data.regions import MALFORMED, NO_AREA, NO_PICTURE, NOT_A_BOX, OUTSIDE, Strings
 from dove_fast.data.samples import Picture, Sample
+from dove_fast.data.sources import expand_ranges
+from dove_fast.data.tar import Member, content, members, open_tar, what_is_wrong
 
 __all__ = ["BOX_WITHOUT_TEXT", "NO_SIZE", "NO_TEXT_OR_BOX", "WebDataset"]
 
@@ -27,19 +28,6 @@ __all__ = ["BOX_WITHOUT_TEXT", "NO_SIZE", "NO_TEXT_OR_BOX", "WebDataset"]
 BOX_WITHOUT_TEXT = "a box without text"
 NO_TEXT_OR_BOX = "a region without text and boxes"
 NO_SIZE = "a picture whose size cannot be read"
-
-# A sample's name and its member's ending: the path is split at the first dot of the base name.
-MEMBER = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-# How compressed files start; no tar archive does, for it starts with the name of its first file.
-COMPRESSED = {
-    rb"\x1f\x8b": "gzip",
-    rb"BZh[1-9]1AY&SY": "bzip2",
-    rb"\xfd7zXZ\x00": "xz",
-    rb"\x28\xb5\x2f\xfd": "zstd",
-    rb"\x04\x22\x4d\x18": "lz4",
-}
 
 
 class WebDataset:
@@ -140,15 +128,6 @@ class _LeftOutError(Exception):
 
 
 @dataclass(frozen=True)
-class _File:
-    """A member of a shard: its name up to the first dot, the rest in small letters, and its header."""
-
-    name: str
-    ending: str
-    header: tarfile.TarInfo
-
-
-@dataclass(frozen=True)
 class _Found:
     """What the files of one name hold: the regions as text and boxes, four numbers a box one after the other."""
 
@@ -173,7 +152,7 @@ def _paths(source: str) -> list[str]:
             raise ValueError(f"no shards in {printable(source)}: no file below it ends in .tar")
         return paths
     # A file may have braces in its name.
-    paths = [source] if os.path.exists(source) else list(_expanded(source))
+    paths = [source] if os.path.exists(source) else list(expand_ranges(source))
     for path in paths:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no such shard: {printable(path)}")
@@ -189,20 +168,6 @@ def _below(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in files if name.endswith(".tar") and name[0] != ".")
 
 
-def _expanded(text: str) -> Iterator[str]:
-    """Yield what the ranges of numbers in `text` stand for; the last one runs fastest."""
-    match = RANGE.search(text)
-    if match is None:
-        yield text
-        return
-    first, last = match.groups()
-    if int(last) < int(first):
-        raise ValueError(f"a range must not run backwards, got {match[0]} in {printable(text)}")
-    for number in range(int(first), int(last) + 1):
-        for rest in _expanded(text[match.end() :]):
-            yield f"{text[: match.start()]}{number:0{len(first)}d}{rest}"
-
-
 def _stem(path: str) -> str:
     return printable(os.path.basename(path).removesuffix(".tar"))
 
@@ -211,46 +176,18 @@ def _scan(path: str) -> Iterator[tuple[str, _Found | str]]:
     """Yield each name of a shard with what its files hold, or why that is nothing."""
     with open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
-                for name, files in itertools.groupby(_files(archive, file), key=lambda file: file.name):
+            with open_tar(file) as archive:
+                for name, files in itertools.groupby(members(archive, file), key=lambda file: file.name):
                     try:
                         yield name, _read(archive, list(files))
                     except _LeftOutError as reason:
                         yield name, str(reason)
         except (tarfile.TarError, OverflowError) as error:
             # The latter for a size beyond any file's.
-            raise ValueError(f"shard {printable(path)} {_what_is_wrong(file, error)}") from None
+            raise ValueError(f"shard {printable(path)} {what_is_wrong(file, error)}") from None
 
 
-def _what_is_wrong(file: IO[bytes], error: Exception) -> str:
-    file.seek(0)
-    start = file.read(16)
-    for mark, name in COMPRESSED.items():
-        if re.match(mark, start):
-            return f"is compressed with {name}, but samples are read from its middle: unpack it to a plain .tar"
-    return f"is damaged, not complete or no tar archive: {error}; fetch it again or leave it out"
-
-
-def _files(archive: tarfile.TarFile, file: IO[bytes]) -> Iterator[_File]:
-    """Yield the members that may belong to a sample; raises `tarfile.TarError` if `file` does not hold all of them."""
-    length = os.fstat(file.fileno()).st_size
-    while (header := archive.next()) is not None:
-        # The archive would keep every header that it has read.
-        archive.members.clear()  # type: ignore[attr-defined]
-        if header.issparse():
-            continue
-        if header.size < 0 or (header.isreg() and header.offset_data + header.size > length):
-            raise tarfile.ReadError(f"{printable(header.name)} does not end within the shard")
-        match = MEMBER.fullmatch(header.name)
-        if header.isreg() and match is not None:
-            yield _File(match[1], match[2].lower(), header)
-    # tarfile ends in silence at a header that it cannot read; a whole archive ends with a block of zeros.
-    file.seek(archive.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"neither a file's header nor the end of an archive at byte {archive.offset}")
-
-
-def _read(archive: tarfile.TarFile, files: list[_File]) -> _Found:
+def _read(archive: tarfile.TarFile, files: list[Member]) -> _Found:
     """Return what the files of one name hold; raises `_LeftOutError` with the reason if that is nothing."""
     picture = _only(files, SUFFIXES, "picture")
     if picture is None:
@@ -283,25 +220,18 @@ def _read(archive: tarfile.TarFile, files: list[_File]) -> _Found:
     return found
 
 
-def _only(files: list[_File], endings: Collection[str], kind: str) -> tarfile.TarInfo | None:
+def _only(files: list[Member], endings: Collection[str], kind: str) -> tarfile.TarInfo | None:
     headers = [file.header for file in files if file.ending in endings]
     if len(headers) > 1:
         raise _LeftOutError(f"more than one {kind} file")
     return headers[0] if headers else None
 
 
-def _opened(archive: tarfile.TarFile, header: tarfile.TarInfo) -> IO[bytes]:
-    file = archive.extractfile(header)
-    if file is None:
-        raise tarfile.ReadError(f"{printable(header.name)} has no content")
-    return file
-
-
 def _json(archive: tarfile.TarFile, header: tarfile.TarInfo | None) -> dict[str, Any]:
     if header is None:
         return {}
     try:
-        description = json.loads(_opened(archive, header).read())
+        description = json.loads(content(archive, header).read())
     except (ValueError, RecursionError):
         description = None
     if not isinstance(description, dict):
@@ -311,7 +241,7 @@ def _json(archive: tarfile.TarFile, header: tarfile.TarInfo | None) -> dict[str,
 
 def _text(archive: tarfile.TarFile, header: tarfile.TarInfo) -> str:
     try:
-        return _words(_opened(archive, header).read().decode("utf-8-sig"))
+        return _words(content(archive, header).read().decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise _LeftOutError(MALFORMED) from None
 
@@ -324,7 +254,7 @@ def _frame(archive: tarfile.TarFile, picture: tarfile.TarInfo, description: dict
     sides = [description.get("width"), description.get("height")]
     if sides == [None, None]:
         try:
-            return upright_size(_opened(archive, picture))
+            return upright_size(content(archive, picture))
         except DecodeError:
             raise _LeftOutError(NO_SIZE) from None
     numbers = _numbers(sides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack
@@ -31,12 +32,14 @@ READS_AHEAD = {"cuda"}
 class StreamItem:
     """One image's result: `index` counts the stream from 0.
 
-    `tokens`: (m, d) in the model's dtype; `eos_probability`: () fp32, that of the last token; both on its device.
+    `tokens`: (m, d) in the model's dtype; `eos_probability`: () fp32, that of the last token; `codes`: (N,) int64 of
+    the VQGAN where the stream was asked for them; all on its device.
     """
 
     index: int
     tokens: Tensor
     eos_probability: Tensor
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,12 @@ class TokenStream:
     batch_size: images that are encoded together. places: rows that are generated together, each at its own step; None
     takes 2 * batch_size, or what `CACHE_BYTES` holds. A row that ends leaves its place to the next image, so that a
     block computes `places` rows however their lengths differ.
+    codes: give the VQGAN's codes too, nearest codewords of the same features.
     length, max_length, eos_threshold, block_size: as in `DOVE.tokenize`. histogram: the lengths to expect, which the
     stream adds its own to; None takes, and teaches, `model.generation`.
-    `counters` says what was computed so far. Memory: the caches of `places` rows, and results that wait for an earlier
-    image, at most those of its T steps. What autocast and CUDA stream the iteration began under it has to go on under.
+    `counters` says what was computed so far, `encode_seconds` how long this process was busy with encoding (on a GPU
+    with launching it). Memory: the caches of `places` rows, and results that wait for an earlier image, at most those
+    of its T steps. What autocast and CUDA stream the iteration began under it has to go on under.
     Raises `TypeError` or `ValueError` as `DOVE.tokenize` does, naming the image by its number in the stream, which ends
     there: results that were not given out yet are lost. A second iteration is a `RuntimeError`.
     Source: METHOD section 2.
@@ -80,6 +85,7 @@ class TokenStream:
         eos_threshold: float | None = None,
         block_size: int | None = None,
         histogram: LengthHistogram | None = None,
+        codes: bool = False,
     ) -> None:
         config = model.config
         check_length_options(config, length, max_length, eos_threshold, block_size)
@@ -89,6 +95,9 @@ class TokenStream:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.counters = WorkCounters()
+        self.encode_seconds = 0.0
+        # Of the images that have no tokens yet, by their number.
+        self._codes: dict[int, Tensor] | None = {} if codes else None
         self._model = model
         self._source = iter(images)
         self._batch_size = batch_size
@@ -158,9 +167,14 @@ class TokenStream:
             return
         if batch.nonfinite is not None and (rows := batch.nonfinite.nonzero().squeeze(1).tolist()):
             raise ValueError(f"image {self._encoded + rows[0]} of the stream must be finite, got NaN or infinity")
-        for prefix in self._model.prefixes(self._model.encode_in_chunks(batch.upload.images()), batch.query_ids):
+        start = time.perf_counter()
+        features = self._model.encode_in_chunks(batch.upload.images())
+        if self._codes is not None:
+            self._codes.update(enumerate(self._model.vqgan.quantize.codes(features), self._encoded))
+        for prefix in self._model.prefixes(features, batch.query_ids):
             self._waiting.append(Waiting(self._encoded, prefix))
             self._encoded += 1
+        self.encode_seconds += time.perf_counter() - start
         self._next = self._read_batch() if self._model.device.type in READS_AHEAD else None
 
     def _read_batch(self) -> _Read | None:
@@ -217,7 +231,7 @@ class TokenStream:
         tokens = [batch.tokens_of(row) for row in finished]
         probabilities = self._model.eos_probability(torch.stack([states[-1] for states in tokens]))
         return [
-            StreamItem(row.key, states, probability)
+            StreamItem(row.key, states, probability, None if self._codes is None else self._codes.pop(row.key))
             for row, states, probability in zip(finished, tokens, probabilities, strict=True)
         ]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
@@ -18,14 +20,27 @@ if TYPE_CHECKING:
 
     OnTrainProgress = Callable[[TrainProgress], None]
 
-__all__ = ["progress_bar", "show_checkpoint", "show_installation", "show_store", "training_bar"]
+__all__ = [
+    "TokenizeSummary",
+    "describe_shares",
+    "flat_settings",
+    "progress_bar",
+    "show_checkpoint",
+    "show_installation",
+    "show_store",
+    "show_tokenize_summary",
+    "training_bar",
+]
 
 BAR_WIDTH = 40
 
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[OnProgress | None]:
-    """Show a bar with images/s and mean tokens on stderr while the block runs; None where stderr is no terminal."""
+    """Show a job's bar on stderr while the block runs; None where stderr is no terminal.
+
+    Beside it stand what is done, images/s, mean tokens, the time that is left and the shard, below it the stages.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -33,25 +48,64 @@ def progress_bar(label: str) -> Iterator[OnProgress | None]:
         yield None
         return
     from rich import progress
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
 
     columns = (
         progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]:.1f} images/s"),
-        progress.TextColumn("{task.fields[mean]:.1f} tokens"),
-        progress.TimeRemainingColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.fields[text]}"),
     )
-    start = time.perf_counter()
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None, rate=0.0, mean=0.0)
+    bar = progress.Progress(*columns, console=console)
+    task = bar.add_task(label, total=None, text="")
+    pace = _Pace()
+    with Live(bar, console=console, transient=True) as live:
 
         def show(state: Progress) -> None:
-            rate = state.images / max(time.perf_counter() - start, 1e-9)
-            mean = state.tokens / max(state.images, 1)
-            bar.update(task, completed=state.done, total=state.total, rate=rate, mean=mean)
+            completed, total = _extent(state)
+            bar.update(task, completed=completed, total=total, text=pace.describe(state))
+            if state.stages:
+                live.update(Group(bar, Text(describe_shares(state.stages), style="dim", no_wrap=True)))
 
         yield show
+
+
+def _extent(state: Progress) -> tuple[int, int | None]:
+    """Say how much is done of how much: of the inputs, or of the units where the inputs are not counted."""
+    if state.total is not None:
+        return state.done, state.total
+    return state.units_done, state.units if state.units > 1 else None
+
+
+class _Pace:
+    """Puts the figures of a state into words, with speeds since this was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        # When the first state came, and how much earlier runs had done by then.
+        self._first: tuple[float, int] | None = None
+
+    def describe(self, state: Progress) -> str:
+        now = time.perf_counter()
+        completed, total = _extent(state)
+        first, before = self._first = self._first or (now, completed)
+        count = str(state.done) if state.total is None else f"{state.done}/{state.total}"
+        rate = state.images / max(now - self._start, 1e-9)
+        parts = [count, f"{rate:.1f} images/s", f"{state.tokens / max(state.images, 1):.1f} tokens"]
+        if total is not None:
+            # By the mean speed: one batch may take longer than any window of seconds.
+            speed = (completed - before) / max(now - first, 1e-9)
+            left = max(total - completed, 0)
+            parts.append(str(timedelta(seconds=round(left / speed))) if speed > 0 else "-:--:--")
+        if state.units > 1:
+            parts.append(f"shard {state.units_done}/{state.units}")
+        return " ".join(parts)
+
+
+def describe_shares(shares: Mapping[str, float]) -> str:
+    """Put the shares of a job's stages into words: decode 35% encode 50%."""
+    return " ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
 
 
 @contextlib.contextmanager
@@ -127,10 +181,49 @@ def _bars(histogram: list[tuple[int, int, int]], console: Console) -> Iterator[s
         yield f"{first:>4}-{last:<4}{count:>7,} {bar}"
 
 
+@dataclass(frozen=True)
+class TokenizeSummary:
+    """What a run of `tokenize` came to: `images`, `set_aside` and `tokens` are what the store holds now.
+
+    `computed`: images of this run, which took `seconds`. `stages`: the share of these that each stage was busy.
+    `quantization_error`: relative, of tokens kept in int8; None where they are kept as they are.
+    """
+
+    images: int
+    set_aside: int
+    tokens: int
+    computed: int
+    seconds: float
+    stages: Mapping[str, float] = field(default_factory=dict)
+    quantization_error: float | None = None
+
+
+def show_tokenize_summary(summary: TokenizeSummary, name: str, console: Console) -> None:
+    """Print what a run of `tokenize` came to."""
+    table = _table("Tokenized")
+    # Not in the title, which would be folded to the width of the figures.
+    _row(table, "store", name)
+    _row(table, "images", f"{summary.images:,}")
+    if summary.computed != summary.images:
+        _row(table, "of this run", f"{summary.computed:,}")
+    _row(table, "set aside", f"{summary.set_aside:,}")
+    _row(table, "tokens", f"{summary.tokens:,}")
+    if summary.images:
+        _row(table, "mean length", f"{summary.tokens / summary.images:.2f}")
+    _row(table, "seconds", f"{summary.seconds:.1f}")
+    if summary.computed and summary.seconds > 0:
+        _row(table, "images/s", f"{summary.computed / summary.seconds:.1f}")
+    for stage, share in summary.stages.items():
+        _row(table, stage, f"{share:.1%}")
+    if summary.quantization_error is not None:
+        _row(table, "int8 error", f"{summary.quantization_error:.2e}")
+    console.print(table)
+
+
 def show_checkpoint(summary: CheckpointSummary, name: str, console: Console) -> None:
     """Print a checkpoint's configuration, and its weights by part."""
     table = _table(f"Checkpoint {name}")
-    for setting, value in _flat(summary.config.to_dict()):
+    for setting, value in flat_settings(summary.config.to_dict()):
         _row(table, setting, str(value))
     console.print(table)
     weights = _table(f"Parameters, {', '.join(summary.dtypes)}")
@@ -153,10 +246,11 @@ def show_installation(console: Console) -> None:
     console.print(table)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings by name; those in a mapping of their own as `mapping.name`."""
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -87,9 +87,12 @@ def encode_texts(queries: Mapping[str, Ids | str], tokenizer: TextTokenizer | No
     return encoded
 
 
-def check_against(queries: Mapping[str, Ids], keys: Iterable[str], config: DOVEConfig) -> None:
-    """Raise `ValueError` for a query whose key is no input's, or whose ids do not fit the model."""
-    known = set(keys)
+def check_against(queries: Mapping[str, Ids], keys: Iterable[str] | None, config: DOVEConfig) -> None:
+    """Raise `ValueError` for a query whose key is no input's, or whose ids do not fit the model.
+
+    `keys` None: which inputs there are is not known.
+    """
+    known = set(queries if keys is None else keys)
     unknown = [key for key in queries if key not in known]
     if unknown:
         more = f" and {len(unknown) - MAX_KEYS_NAMED} more" if len(unknown) > MAX_KEYS_NAMED else ""

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import os
 import platform
 import time
-import warnings
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dove_fast.data import ImageInput, Loaded, SetAside, ShortSideCenterCrop, list_inputs, load_image, prefetch
+from dove_fast.data import ShortSideCenterCrop, Source, SourceOptions, open_source
 from dove_fast.failures import stopping
-from dove_fast.generation import LengthHistogram, StreamItem, TokenStream
 from dove_fast.jobs.loading import LoadedModel
-from dove_fast.jobs.progress import OnProgress, Progress
+from dove_fast.jobs.metrics import Snapshot
+from dove_fast.jobs.progress import OnProgress
 from dove_fast.jobs.queries import Ids, check_against, encode_texts, hash_queries
+from dove_fast.jobs.work import Limits, OnImage, Work
 from dove_fast.models.inputs import check_length_options
-from dove_fast.ragged import RaggedTokens
-from dove_fast.store.layout import DTYPES, StoreSettings, hash_keys
-from dove_fast.store.records import InputError, RecordRow
-from dove_fast.store.shard import ShardWriter
+from dove_fast.store.layout import DTYPES, TOKEN_DTYPES, StoreSettings
 from dove_fast.store.writer import StoreWriter
 
-__all__ = ["TokenizeOptions", "TokenizeReport", "tokenize"]
+__all__ = ["TokenizeJob", "TokenizeOptions", "TokenizeReport", "plan", "tokenize"]
 
 MAX_DEFAULT_WORKERS = 8
+# Fewer inputs than this a worker are not worth its start, some seconds.
+INPUTS_A_WORKER = 64
 RESUME = "run the same command again to go on"
+MOST_CODES = 2**16
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
     """Options of `tokenize`; `length`, `max_length` and `eos_threshold` are those of `DOVE.tokenize`.
 
-    `batch_size`: images encoded at a time; twice as many are generated together. `shard_size`: inputs a shard, fixed
-    for a store; a run that was stopped goes on behind the last whole shard.
-    `workers`: threads that decode, None for one a core and at most `MAX_DEFAULT_WORKERS`.
+    What the store holds: `shard_size`: inputs a shard, fixed for a store; a run that was stopped goes on behind the
+    last whole shard (WebDataset shards stay as they are). `prefix_keys`, `image_column`, `key_column`: see
+    `SourceOptions`. `token_dtype`: a key of `TOKEN_DTYPES`, None for the model's; int8 comes with one scale a token,
+    and what it lost is in the manifest. `codes`: keep the VQGAN's codes too, uint16.
+
+    How it is made: `batch_size`: images encoded at a time; twice as many are generated together. `workers`: processes
+    that decode, 0 to decode in this one; None for one a core, at most `MAX_DEFAULT_WORKERS`, and one for every
+    `INPUTS_A_WORKER` inputs. `max_errors`: stop when more inputs are set aside. `join`: work beside the jobs that write
+    the same store. `rank`, `world_size`: do units rank, rank + world_size, ..; the others are other jobs', which may be
+    on other machines, need no network and may begin together.
     """
 
     length: int | None = None
@@ -51,30 +54,59 @@ class TokenizeOptions:
     eos_threshold: float | None = None
     batch_size: int = 32
     shard_size: int = 1024
+    prefix_keys: bool = False
+    image_column: str | None = None
+    key_column: str | None = None
+    token_dtype: str | None = None
+    codes: bool = False
     workers: int | None = None
+    max_errors: int | None = None
+    join: bool = False
+    rank: int = 0
+    world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for a count below 1."""
-        for name in ("batch_size", "shard_size", "workers"):
+        """Raise `ValueError` for a number out of range, or an unknown dtype."""
+        for name, least in (("batch_size", 1), ("shard_size", 1), ("workers", 0), ("max_errors", 0), ("world_size", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be from 0 to {self.world_size - 1} (world_size - 1), got {self.rank}")
+        if self.token_dtype is not None and self.token_dtype not in TOKEN_DTYPES:
+            raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {self.token_dtype!r}")
+
+    def source_options(self) -> SourceOptions:
+        """Return those that `open_source` takes."""
+        return SourceOptions(
+            shard_size=self.shard_size,
+            prefix_keys=self.prefix_keys,
+            image_column=self.image_column,
+            key_column=self.key_column,
+        )
 
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What a store holds now (`records`, `tokens`, `errors`), and what this run did to it.
+    """What a store holds now (`records`, `tokens`, `errors`, units), and what this run did to it.
 
-    `computed` images took `seconds`; `already_complete` means that there was nothing to do.
+    `computed` images took `seconds`; `stages` says which share of them each stage was busy. `already_complete` means
+    that there was nothing to do; without `complete`, `missing` units are for others to do, or to be done again.
+    `quantization_error`: `||int8 - tokens|| / ||tokens||`, None where tokens are kept as they are.
     """
 
     inputs: int
     records: int
     tokens: int
     errors: int
+    units: int
+    missing: int
     computed: int
     seconds: float
+    complete: bool
     already_complete: bool
+    quantization_error: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 def tokenize(
@@ -85,52 +117,146 @@ def tokenize(
     *,
     queries: Mapping[str, Ids | str] | None = None,
     on_progress: OnProgress | None = None,
+    on_snapshot: Callable[[Snapshot], None] | None = None,
+    on_image: OnImage | None = None,
 ) -> TokenizeReport:
-    """Tokenise the images that `source` stands for (see `list_inputs`) into a token store at `output`.
+    """Tokenise the images that `source` stands for (see `open_source`) into a token store at `output`.
 
     A store that was begun with the same inputs and settings is finished: units that are done are not computed again.
     Inputs that cannot be decoded are set aside with their reason. `queries` gives token ids by key, or texts,
-    which the model's tokenizer turns into ids before anything else.
+    which the model's tokenizer turns into ids before anything else; where keys are only known by reading, a query
+    for a key that does not come is not noticed. `on_progress` and `on_snapshot` see how far it
+    is, after every batch; `on_image` every image's key, token count and pixels.
 
     Raises, before anything is written, `FileNotFoundError`, `ValueError` and `TypeError` for what cannot be used and
-    `StoreError` for an output that is something else; then `JobError` when the disk or the memory fails.
+    `StoreError` for an output that is something else or that another job is writing; then `JobError` when the disk or
+    the memory fails or too many inputs are set aside, and `StoreError` for a key that comes twice.
     Whenever it stops, also at KeyboardInterrupt or a kill, the same call goes on where it was.
     """
-    options = options or TokenizeOptions()
+    job = TokenizeJob(
+        source,
+        output,
+        loaded,
+        options or TokenizeOptions(),
+        queries=queries,
+        on_progress=on_progress,
+        on_snapshot=on_snapshot,
+        on_image=on_image,
+    )
+    with contextlib.closing(job):
+        job.run()
+    return job.report()
+
+
+class TokenizeJob:
+    """What `tokenize` does, in steps: making it checks and only reads, `run` works, `close` leaves the store to others.
+
+    `missing`: the units that are not done. Raises, step by step, what `tokenize` raises.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        loaded: LoadedModel,
+        options: TokenizeOptions,
+        *,
+        queries: Mapping[str, Ids | str] | None = None,
+        on_progress: OnProgress | None = None,
+        on_snapshot: Callable[[Snapshot], None] | None = None,
+        on_image: OnImage | None = None,
+    ) -> None:
+        self._options = options
+        self._source, query_ids, self._writer = plan(source, output, loaded, options, queries)
+        self._already_complete = self._writer.complete
+        self._begun = False
+        self._seconds = 0.0
+        self._workers = _workers(options, self._source.inputs)
+        self._work = Work(
+            loaded.model,
+            self._source,
+            self._writer,
+            ShortSideCenterCrop(loaded.model.config.image_size),
+            query_ids,
+            Limits(self._workers, options.max_errors, options.rank, options.world_size),
+            batch_size=options.batch_size,
+            on_progress=on_progress,
+            on_snapshot=on_snapshot,
+            on_image=on_image,
+        )
+
+    @property
+    def missing(self) -> list[int]:
+        """The units that are not done, as far as is known here."""
+        return self._writer.missing
+
+    def begin(self) -> None:
+        """Make the store, or join those who write it."""
+        if not self._begun and not self._writer.complete:
+            with stopping(RESUME):
+                self._writer.begin(join=self._options.join or self._options.world_size > 1)
+            self._begun = True
+
+    def run(self, units: Collection[int] | None = None) -> None:
+        """Do the units that are missing, or of these those in `units`; whoever does the last one finishes the store."""
+        start = time.perf_counter()
+        try:
+            self.begin()
+            if not self._writer.complete:
+                with stopping(RESUME):
+                    self._work.run(units)
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Leave the store to others."""
+        self._writer.close()
+
+    def report(self) -> TokenizeReport:
+        """Return what there is now, and what this job did."""
+        writer, inputs = self._writer, self._source.inputs
+        return TokenizeReport(
+            inputs=writer.records + len(writer.errors) if inputs is None else inputs,
+            records=writer.records,
+            tokens=writer.tokens,
+            errors=len(writer.errors),
+            units=self._source.units,
+            missing=len(writer.missing),
+            computed=self._work.images,
+            seconds=self._seconds,
+            complete=writer.complete,
+            already_complete=self._already_complete,
+            quantization_error=writer.quantization_error,
+            stages=self._work.clock.shares(self._seconds, self._workers),
+        )
+
+
+def plan(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    loaded: LoadedModel,
+    options: TokenizeOptions,
+    queries: Mapping[str, Ids | str] | None = None,
+) -> tuple[Source, dict[str, Ids], StoreWriter]:
+    """Check everything that can be checked beforehand; returns what is read, queries as ids, and the store's writer.
+
+    Nothing is written. Raises what `tokenize` raises before it writes.
+    """
     query_ids = encode_texts(queries or {}, loaded.model.tokenizer)
     config = loaded.model.config
     check_length_options(config, options.length, options.max_length, options.eos_threshold, None)
-    inputs = list_inputs(source)
-    check_against(query_ids, (item.key for item in inputs), config)
-    transform = ShortSideCenterCrop(config.image_size)
-    settings = _settings(inputs, loaded, options, query_ids, transform)
+    if options.codes and config.vqgan.num_vq_embeddings > MOST_CODES:
+        raise ValueError(f"codes are kept as uint16, too narrow for a codebook of {config.vqgan.num_vq_embeddings}")
+    opened = open_source(source, options.source_options())
+    check_against(query_ids, opened.keys(), config)
     if options.shard_size * config.num_tokens >= 2**31:
         raise ValueError(f"shard_size must be below {2**31 // config.num_tokens} for this model")
-    writer = StoreWriter(Path(output), settings, _environment(loaded))
-
-    start = time.perf_counter()
-    already_complete = writer.complete
-    work = _Work(loaded, options, query_ids, transform, inputs, writer, on_progress)
-    if not already_complete:
-        with stopping(RESUME):
-            work.run()
-    return TokenizeReport(
-        inputs=len(inputs),
-        records=writer.records,
-        tokens=writer.tokens,
-        errors=len(writer.errors),
-        computed=work.images,
-        seconds=time.perf_counter() - start,
-        already_complete=already_complete,
-    )
+    settings = _settings(opened, loaded, options, query_ids)
+    return opened, query_ids, StoreWriter(Path(output), settings, _environment(source, loaded, options))
 
 
 def _settings(
-    inputs: list[ImageInput],
-    loaded: LoadedModel,
-    options: TokenizeOptions,
-    queries: Mapping[str, Ids],
-    transform: ShortSideCenterCrop,
+    source: Source, loaded: LoadedModel, options: TokenizeOptions, queries: Mapping[str, Ids]
 ) -> StoreSettings:
     config = loaded.model.config
     threshold = None
@@ -139,30 +265,33 @@ def _settings(
     return StoreSettings(
         config=config.to_dict(),
         fingerprint=loaded.fingerprint,
-        transform=transform.to_dict(),
-        dtype=_dtype_name(loaded.model.dtype),
+        transform=ShortSideCenterCrop(config.image_size).to_dict(),
+        source=source.to_dict(),
+        dtype=_token_dtype(loaded.model.dtype, options.token_dtype),
         width=config.generator.hidden_size,
+        codes=options.codes,
         length=options.length,
         max_length=options.max_length,
         eos_threshold=threshold,
         queries_sha256=hash_queries(queries),
-        shard_size=options.shard_size,
-        inputs=len(inputs),
-        inputs_sha256=hash_keys(item.key for item in inputs),
+        shard_size=source.shard_size,
+        units=source.units,
+        inputs=source.inputs,
+        inputs_sha256=source.identity(),
     )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    for name, stored in DTYPES.items():
-        if stored == dtype:
-            return name
-    raise ValueError(
-        f"tokens are stored as {', '.join(DTYPES)}, the model is {dtype}; load it with one of these dtypes"
-    )
+def _token_dtype(model: torch.dtype, wanted: str | None) -> str:
+    found = next((name for name, dtype in DTYPES.items() if dtype == model), None)
+    if found is None:
+        raise ValueError(
+            f"tokens are stored as {', '.join(DTYPES)}, the model is {model}; load it with one of these dtypes"
+        )
+    return wanted or found
 
 
-def _environment(loaded: LoadedModel) -> dict[str, str]:
-    """What ran, for the manifest: results on another device or version differ by rounding."""
+def _environment(source: str | os.PathLike[str], loaded: LoadedModel, options: TokenizeOptions) -> dict[str, str | int]:
+    """What ran, for the manifest: on another device, with another version, batch size or thread count results round."""
     from dove_fast import __version__
 
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "pyarrow", "safetensors")}
@@ -171,130 +300,23 @@ def _environment(loaded: LoadedModel) -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "device": loaded.model.device.type,
+        "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "batch_size": options.batch_size,
+        "source": _located(os.fspath(source)),
     }
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What a record says of an image beside its tokens."""
-
-    input: ImageInput
-    width: int
-    height: int
+def _located(source: str) -> str:
+    """Return a source such that it is found from any folder."""
+    return source if "://" in source or source.startswith("pipe:") else os.path.abspath(source)
 
 
-class _Work:
-    """One run over the units that are missing."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        options: TokenizeOptions,
-        queries: Mapping[str, Ids],
-        transform: ShortSideCenterCrop,
-        inputs: list[ImageInput],
-        writer: StoreWriter,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self._model = loaded.model
-        self._options = options
-        self._queries = queries
-        self._transform = transform
-        self._inputs = inputs
-        self._writer = writer
-        self._on_progress = on_progress
-        self._done = len(inputs) - sum(len(self._unit(index)) for index in writer.missing)
-        self._tokens = 0
-        self.images = 0
-
-    def run(self) -> None:
-        workers = self._options.workers or _default_workers()
-        depth = workers + 2 * self._options.batch_size
-        missing = self._writer.missing
-        self._writer.begin()
-        self._report()
-        # One stream over all units, so that decoding does not pause at their ends.
-        items = (item for index in missing for item in self._unit(index))
-        load = functools.partial(load_image, transform=self._transform)
-        with _quiet_pillow(), contextlib.closing(prefetch(load, items, workers=workers, depth=depth)) as stream:
-            try:
-                for index in missing:
-                    with self._writer.shard(index) as shard:
-                        self._write_unit(shard, stream, len(self._unit(index)))
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._writer.write_errors()
-                raise
-        self._writer.finish()
-
-    def _unit(self, index: int) -> list[ImageInput]:
-        size = self._options.shard_size
-        return self._inputs[index * size : (index + 1) * size]
-
-    def _write_unit(self, shard: ShardWriter, stream: Iterator[Loaded | SetAside], count: int) -> None:
-        options = self._options
-        # What was read and has no tokens yet, in the order in which they come.
-        read: deque[_Read] = deque()
-        results = TokenStream(
-            self._model,
-            self._images(shard, stream, count, read),
-            batch_size=options.batch_size,
-            length=options.length,
-            max_length=options.max_length,
-            eos_threshold=options.eos_threshold,
-            # What the schedule learns changes values by rounding. A unit starts from nothing, so that it has the same
-            # bytes in a job that was resumed.
-            histogram=LengthHistogram(self._model.config.num_tokens),
-        )
-        with contextlib.closing(iter(results)) as items:
-            while batch := list(itertools.islice(items, options.batch_size)):
-                self._write_batch(shard, batch, [read.popleft() for _ in batch])
-        self._report()
-
-    def _images(
-        self, shard: ShardWriter, stream: Iterator[Loaded | SetAside], count: int, read: deque[_Read]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a unit's images and queries; those that cannot be used are set aside."""
-        for _ in range(count):
-            item = next(stream)
-            if isinstance(item, SetAside):
-                shard.set_aside(InputError(item.input.key, item.input.source, item.reason))
-                self._done += 1
-            else:
-                read.append(_Read(item.input, item.width, item.height))
-                yield item.pixels, torch.tensor(self._queries.get(item.input.key, ()), dtype=torch.int64)
-
-    def _write_batch(self, shard: ShardWriter, items: Sequence[StreamItem], read: Sequence[_Read]) -> None:
-        tokens = RaggedTokens.from_rows([item.tokens for item in items]).to("cpu")
-        probabilities = torch.stack([item.eos_probability for item in items]).tolist()
-        rows = [
-            RecordRow(image.input.key, image.input.source, length, image.width, image.height, probability)
-            for image, length, probability in zip(read, tokens.host_lengths, probabilities, strict=True)
-        ]
-        shard.append(tokens, rows)
-        self._done += len(items)
-        self.images += len(items)
-        self._tokens += tokens.values.shape[0]
-        self._report()
-
-    def _report(self) -> None:
-        if self._on_progress is not None:
-            self._on_progress(Progress(self._done, len(self._inputs), self.images, self._tokens))
-
-
-def _default_workers() -> int:
+def _workers(options: TokenizeOptions, inputs: int | None) -> int:
+    if options.workers is not None:
+        return options.workers
     # The cores that this process may use, where the system can tell.
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return min(MAX_DEFAULT_WORKERS, cores)
-
-
-@contextlib.contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings (large images, odd EXIF data): what cannot be used is set aside with its reason.
-
-    Warning filters belong to the process, so they are set here once, around the threads, and not in them.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+    most = min(MAX_DEFAULT_WORKERS, cores)
+    return most if inputs is None else min(most, inputs // INPUTS_A_WORKER)

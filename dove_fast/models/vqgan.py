@@ -249,6 +249,11 @@ class VectorQuantizer(nn.Module):
         codes, quantized = ops.vq_lookup(features.permute(0, 2, 3, 1), weight.detach(), codebook_sq=squares)
         return quantized.permute(0, 3, 1, 2), codes
 
+    def codes(self, features: Tensor) -> Tensor:
+        """Return the nearest codeword of each feature: (..., C) -> (...) int64."""
+        weight = self.embedding.weight
+        return ops.vq_lookup(features, weight.detach(), codebook_sq=self._squares(weight))[0]
+
 
 class VQGAN(nn.Module):
     """Convolutional encoder, codebook and decoder; `state_dict` keys are those of a diffusers `VQModel`.

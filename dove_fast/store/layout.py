@@ -1,13 +1,15 @@
-"""Format 1 of the token store on disk: names, the manifest, and the settings that decide its contents.
+"""The token store on disk, format 2: names, the manifest, and the settings that decide its contents.
 
-    manifest.json              settings, environments, and, once complete, the shards with their counts
-    tokens/00000.safetensors   values (total, d); cu_seqlens int32 (n + 1,); keys uint8, key_offsets int64 (n + 1,)
-    records/00000.parquet      key, source, length, width, height, eos_probability, shard, row
+    manifest.json              settings, environments, and, once complete, the shards with counts and checksums
+    tokens/00000.safetensors   values (total, d); cu_seqlens int32 (n + 1,); keys uint8, key_offsets int64 (n + 1,);
+                               scales fp32 (total,) where values are int8; codes uint16 (n, N) where they were asked for
+    records/00000.parquet      key, source, length, width, height, eos_probability, extra (JSON), shard, row
     errors.jsonl               one {"key", "source", "reason"} a line, when there are any
+    .lock                      empty; who holds which lock on it is the operating system's to know
 
-Shard i holds what came of inputs i * shard_size to (i + 1) * shard_size - 1, in input order, and depends on nothing
-but these and the settings. Its records are written after its tokens, and carry its errors: their presence means that
-the unit is done. errors.jsonl and the manifest's shard list follow from the records.
+Shard i holds what came of unit i of the input, in input order, and depends on nothing but the unit and the settings.
+Its records are written after its tokens, and carry its errors: their presence means that the unit is done. errors.jsonl
+and the manifest's shard list follow from the records. Format 1 has no `extra`, scales, codes and checksums.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ __all__ = [
     "DTYPES",
     "ERRORS_NAME",
     "FORMAT_VERSION",
+    "LOCK_NAME",
     "MANIFEST_NAME",
     "METADATA_KEY",
+    "TOKEN_DTYPES",
     "StoreSettings",
+    "hash_file",
     "hash_keys",
     "read_manifest",
     "records_path",
@@ -41,13 +46,18 @@ __all__ = [
 ]
 
 FORMAT = "dove_fast token store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 ERRORS_NAME = "errors.jsonl"
+LOCK_NAME = ".lock"
 # The one metadata entry of a safetensors shard and of a Parquet table; its value is JSON.
 METADATA_KEY = "dove_fast"
 
+# What a model computes in, and what tokens are kept in: int8 with one scale a token.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKEN_DTYPES = {**DTYPES, "int8": torch.int8}
+# Settings that format 1 does not have.
+SINCE_FORMAT_2 = {"source", "units", "codes"}
 
 
 @dataclass(frozen=True)
@@ -56,31 +66,32 @@ class StoreSettings:
 
     Inputs are known by their keys: a picture that changes under its key while a job is stopped is not noticed.
 
-    `dtype` is a key of `DTYPES`; `inputs` counts the inputs, `inputs_sha256` is `hash_keys` of their keys in order.
+    `source`: what kind of input, and how it is read. `dtype`: the tokens', a key of `TOKEN_DTYPES`. `codes`: the
+    VQGAN's codes are kept too. `units`: how many; `shard_size`: inputs a unit at most, None where the input's own
+    shards are the units. `inputs` counts the inputs, None where that is known at the end only;
+    `inputs_sha256` is `hash_keys` of what identifies them in order.
     """
 
     config: dict[str, Any]
     fingerprint: str
     transform: dict[str, Any]
+    source: dict[str, Any]
     dtype: str
     width: int
+    codes: bool
     length: int | None
     max_length: int | None
     eos_threshold: float | None
     queries_sha256: str | None
-    shard_size: int
-    inputs: int
+    shard_size: int | None
+    units: int
+    inputs: int | None
     inputs_sha256: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON's types."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
-
-    @property
-    def units(self) -> int:
-        """The number of shards."""
-        return -(-self.inputs // self.shard_size)
 
 
 def tokens_path(directory: Path, index: int) -> Path:
@@ -91,6 +102,15 @@ def tokens_path(directory: Path, index: int) -> Path:
 def records_path(directory: Path, index: int) -> Path:
     """Return the Parquet file of shard `index`."""
     return directory / "records" / f"{index:05d}.parquet"
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256, in hexadecimal, of a file's bytes. Raises `OSError`."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def hash_keys(keys: Iterable[str]) -> str:
@@ -169,7 +189,10 @@ def _check_shape(path: Path, manifest: dict[str, Any]) -> None:
     for name, kind in (("settings", dict), ("environments", list), ("complete", bool)):
         if not isinstance(manifest.get(name), kind):
             raise StoreError(f"{path}: {name} must be a {kind.__name__}, got {manifest.get(name)!r}")
-    missing = [name for name in StoreSettings.__dataclass_fields__ if name not in manifest["settings"]]
+    expected = set(StoreSettings.__dataclass_fields__)
+    if manifest["format_version"] < 2:
+        expected -= SINCE_FORMAT_2
+    missing = sorted(expected - manifest["settings"].keys())
     if missing:
         raise StoreError(f"{path}: settings lack {', '.join(missing)}")
     if manifest["complete"] and not (

@@ -23,7 +23,7 @@ from torch import Tensor
 from dove_fast.config import DOVEConfig
 from dove_fast.errors import StoreError
 from dove_fast.ragged import RaggedTokens
-from dove_fast.store.layout import DTYPES, METADATA_KEY, read_manifest, records_path, settings_id, tokens_path
+from dove_fast.store.layout import METADATA_KEY, TOKEN_DTYPES, read_manifest, records_path, settings_id, tokens_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,8 +38,9 @@ MAX_OPEN_SHARDS = 16
 class TokenRecord:
     """One image of a store.
 
-    `tokens` (length, d), a copy in the store's dtype; `key`; `source`, the file it came from; `width` and `height` of
-    the upright original in pixels; `eos_probability` at the last token.
+    `tokens` (length, d), a copy in the store's dtype, fp32 where that is int8; `key`; `source`, the file it came from;
+    `width` and `height` of the upright original in pixels; `eos_probability` at the last token; `extra`, what came with
+    it (labels, captions, boxes), None for nothing; `codes` (N,) int64 of the VQGAN, None where the store has none.
     """
 
     key: str
@@ -49,6 +50,8 @@ class TokenRecord:
     width: int
     height: int
     eos_probability: float
+    extra: dict[str, Any] | None = None
+    codes: Tensor | None = None
 
 
 class TokenStore:
@@ -75,7 +78,7 @@ class TokenStore:
         try:
             counts = [(int(shard["first"]), int(shard["records"]), int(shard["tokens"])) for shard in self._shards]
             names = {shard[name] for shard in self._shards for name in ("tokens_file", "records_file")}
-            self._empty = torch.empty((0, int(settings["width"])), dtype=DTYPES[settings["dtype"]])
+            self._empty = torch.empty((0, int(settings["width"])), dtype=TOKEN_DTYPES[settings["dtype"]])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{self.directory} has a damaged manifest: {error!r}") from error
         self._firsts = [first for first, _, _ in counts]
@@ -111,6 +114,16 @@ class TokenStore:
             return DOVEConfig.from_dict(self.manifest["settings"]["config"])
         except (TypeError, ValueError) as error:
             raise StoreError(f"{self.directory} has a damaged manifest: {error}") from error
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that tokens are given in: the store's, fp32 where that is int8."""
+        return torch.float32 if self._empty.dtype == torch.int8 else self._empty.dtype
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the VQGAN's codes were kept."""
+        return bool(self.manifest["settings"].get("codes", False))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -161,7 +174,7 @@ class TokenStore:
             parts.append(shard.tokens(row))
         lengths = [part.shape[0] for part in parts]
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
-        values = torch.cat(parts) if parts else self._empty.clone()
+        values = torch.cat(parts) if parts else self._empty.to(self.dtype)
         return RaggedTokens(values, cu_seqlens, max(lengths, default=0))
 
     def _locate(self, index: int) -> tuple[_Shard, int]:
@@ -206,6 +219,9 @@ class _Shard:
                 # A view of the mapped file: rows are read from the disk when they are used.
                 self._values = file.get_tensor("values")
                 offsets = file.get_tensor("cu_seqlens")
+                names = set(file.keys())
+                self._scales = file.get_tensor("scales") if "scales" in names else None
+                self._codes = file.get_tensor("codes") if "codes" in names else None
         except FileNotFoundError:
             raise StoreError(f"{self._path} is missing") from None
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
@@ -223,13 +239,21 @@ class _Shard:
             or self._offsets[0] != 0
             or self._offsets[-1] != shape[0]
             or not bool((offsets[1:] >= offsets[:-1]).all())
+            or (self._scales is None) != (empty.dtype != torch.int8)
+            or (self._scales is not None and self._scales.shape[0] != shape[0])
+            or (self._codes is not None and self._codes.shape[0] != entry["records"])
         ):
-            raise StoreError(f"{self._path} is damaged: cu_seqlens must run from 0 to {shape[0]} without falling")
+            raise StoreError(f"{self._path} is damaged: its tensors do not fit {shape[0]} tokens")
 
     def tokens(self, row: int) -> Tensor:
-        """Return a view (length, d) of the mapping."""
-        view: Tensor = self._values[self._offsets[row] : self._offsets[row + 1]]
-        return view
+        """Return tokens (length, d): a view of the mapping, or where they are int8 a copy in fp32."""
+        rows = slice(self._offsets[row], self._offsets[row + 1])
+        view: Tensor = self._values[rows]
+        return view if self._scales is None else view * self._scales[rows, None]
+
+    def codes(self, row: int) -> Tensor | None:
+        """Return codes (N,) int64, None where there are none."""
+        return None if self._codes is None else self._codes[row].to(torch.int64)
 
     def record(self, row: int) -> TokenRecord:
         """Return the record at `row`."""
@@ -238,7 +262,15 @@ class _Shard:
         # A copy: writing into it must not change what the next reader of the mapping sees.
         tokens = self.tokens(row).clone()
         probability = table.column("eos_probability")[row].as_py()
-        return TokenRecord(tokens=tokens, length=tokens.shape[0], eos_probability=probability, **field)
+        extra = table.column("extra")[row].as_py() if "extra" in table.column_names else None
+        return TokenRecord(
+            tokens=tokens,
+            length=tokens.shape[0],
+            eos_probability=probability,
+            extra=None if extra is None else json.loads(extra),
+            codes=self.codes(row),
+            **field,
+        )
 
     def _records(self) -> pyarrow.Table:
         if self._table is None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dove_fast.atomic import is_temporary, make_directory, remove_temporaries, replacing
+from dove_fast.config import DOVEConfig
 from dove_fast.errors import StoreError
+from dove_fast.store.claims import Claims
 from dove_fast.store.layout import (
     ERRORS_NAME,
+    FORMAT_VERSION,
+    LOCK_NAME,
     MANIFEST_NAME,
     StoreSettings,
+    hash_file,
     read_manifest,
     records_path,
     settings_differences,
@@ -23,7 +29,7 @@ from dove_fast.store.layout import (
     tokens_path,
     write_manifest,
 )
-from dove_fast.store.records import InputError, Unit, read_unit, write_records
+from dove_fast.store.records import InputError, Unit, read_table, read_unit, write_records
 from dove_fast.store.shard import ShardWriter
 
 __all__ = ["StoreWriter"]
@@ -35,8 +41,9 @@ MAX_SETTINGS_NAMED = 5
 class StoreWriter:
     """A store that is being written: which units are done, and writers for the others.
 
-    Making one only reads: `StoreError` if `directory` holds another store or anything else. `begin` writes the
-    manifest, `shard` one unit, `finish` the end; each of these raises `OSError` if the disk does.
+    Making one only reads: `StoreError` if `directory` holds another store or anything else. `begin` makes the store or
+    joins those that write it, `shard` writes one unit, `finish` the end, `close` leaves; each of these raises `OSError`
+    if the disk does. Between `claim` and `release` a unit is this writer's alone.
     `environment` says what ran (versions, device); it is kept in the manifest and decides nothing.
     """
 
@@ -46,8 +53,10 @@ class StoreWriter:
         self.settings = settings
         self._plain = settings.to_dict()
         self._store = settings_id(self._plain)
-        self._environments = [dict(environment)]
+        self._environment = dict(environment)
+        self._environments: list[dict[str, Any]] = []
         self._units: dict[int, Unit] = {}
+        self._claims: Claims | None = None
         self.complete = False
         if self._exists():
             self._read()
@@ -62,18 +71,23 @@ class StoreWriter:
         if MANIFEST_NAME in names:
             return True
         # A run that was killed while it wrote its manifest leaves this much, and may go on.
-        if all(is_temporary(name) for name in names):
+        if all(is_temporary(name) or name == LOCK_NAME for name in names):
             return False
         raise StoreError(f"{self.directory} is not empty and is no token store; choose another output")
 
     def _read(self) -> None:
         manifest = read_manifest(self.directory)
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise StoreError(
+                f"{self.directory} was written in format {manifest['format_version']}, which this version reads but "
+                f"does not write (it writes {FORMAT_VERSION}); choose another output"
+            )
         differences = settings_differences(manifest["settings"], self._plain)
         if differences:
             old, new = manifest["settings"], self._plain
-            if all(item.startswith("inputs") for item in differences):
+            if all(item.startswith(("inputs", "units")) for item in differences):
                 raise StoreError(
-                    f"{self.directory} was made from other inputs ({old['inputs']}, now {new['inputs']}); "
+                    f"{self.directory} was made from other inputs ({_amount(old)}, now {_amount(new)}); "
                     "choose another output"
                 )
             if all(item.startswith("fingerprint") for item in differences):
@@ -84,13 +98,16 @@ class StoreWriter:
             more = len(differences) - MAX_SETTINGS_NAMED
             shown = "; ".join(differences[:MAX_SETTINGS_NAMED]) + (f"; and {more} more" if more > 0 else "")
             raise StoreError(f"{self.directory} was made with other settings ({shown}); choose another output")
-        earlier = manifest["environments"]
-        self._environments = [*earlier, *(item for item in self._environments if item not in earlier)]
-        for index in range(self.settings.units):
+        self._environments = manifest["environments"]
+        self.refresh()
+        self.complete = manifest["complete"] and not self.missing
+
+    def refresh(self) -> None:
+        """Find the units that others have finished."""
+        for index in self.missing:
             unit = self._done(index)
             if unit is not None:
                 self._units[index] = unit
-        self.complete = manifest["complete"] and not self.missing
 
     def _done(self, index: int) -> Unit | None:
         unit = read_unit(records_path(self.directory, index))
@@ -107,6 +124,14 @@ class StoreWriter:
         """The units that are not done, in order."""
         return [index for index in range(self.settings.units) if index not in self._units]
 
+    def is_done(self, index: int) -> bool:
+        """Tell whether a unit is done, by whomever."""
+        if index not in self._units:
+            unit = self._done(index)
+            if unit is not None:
+                self._units[index] = unit
+        return index in self._units
+
     @property
     def errors(self) -> list[InputError]:
         """The inputs that were set aside by the units that are done, in input order."""
@@ -122,30 +147,92 @@ class StoreWriter:
         """Tokens in the units that are done."""
         return sum(unit.tokens for unit in self._units.values())
 
-    def begin(self) -> None:
-        """Make the directory and its manifest, and remove what a killed run left behind."""
+    @property
+    def quantization_error(self) -> float | None:
+        """`||int8 - tokens|| / ||tokens||` over the units that are done; None where tokens are kept as they are."""
+        norm = sum(unit.squared_norm for unit in self._units.values())
+        error = sum(unit.squared_error for unit in self._units.values())
+        return math.sqrt(error / norm) if norm else None
+
+    def begin(self, *, join: bool = False) -> None:
+        """Make the directory and its manifest, and remove what a killed run left behind; or join who is at work there.
+
+        Raises `StoreError` if another job is at work and `join` is false.
+        """
         make_directory(self.directory)
-        remove_temporaries(self.directory)
-        # Before the folders: a directory without a manifest that holds anything is not ours to write into.
-        self._write_manifest(complete=False)
-        for path in (self.directory / "tokens", self.directory / "records"):
-            make_directory(path)
-            remove_temporaries(path)
+        self._claims = Claims(self.directory, join=join)
+        if self._exists():
+            # What another job did between the making of this writer and its lock.
+            self._read()
+        if self.complete:
+            return
+        if self._environment not in self._environments:
+            self._environments.append(self._environment)
+        if self._claims.alone:
+            remove_temporaries(self.directory)
+            # Before the folders: a directory without a manifest that holds anything is not ours to write into.
+            self._write_manifest(complete=False)
+            for path in (self.directory / "tokens", self.directory / "records"):
+                make_directory(path)
+                remove_temporaries(path)
+            self._claims.share()
+
+    def claim(self, index: int) -> bool:
+        """Take unit `index`; false if it is done, or another job's at the moment."""
+        claims = self._at_work()
+        if not claims.claim(index):
+            return False
+        if self.is_done(index):
+            claims.release(index)
+            return False
+        return True
+
+    def release(self, index: int) -> None:
+        """Give a unit back that `claim` took, done or not."""
+        self._at_work().release(index)
+
+    def close(self) -> None:
+        """Leave the store to others."""
+        if self._claims is not None:
+            self._claims.close()
+            self._claims = None
+
+    def _at_work(self) -> Claims:
+        if self._claims is None:
+            raise RuntimeError("begin comes first")
+        return self._claims
 
     @contextlib.contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
         """Give a writer for unit `index`; at the end of the block the unit is done, or dropped if the block raised."""
         with replacing(tokens_path(self.directory, index)) as file:
-            writer = ShardWriter(file, index, store=self._store, width=self.settings.width, dtype=self.settings.dtype)
+            writer = ShardWriter(
+                file,
+                index,
+                store=self._store,
+                width=self.settings.width,
+                dtype=self.settings.dtype,
+                codes=self._codes,
+            )
             yield writer
             unit = writer.finish()
         write_records(records_path(self.directory, index), writer.rows, unit)
         self._units[index] = unit
 
-    def write_errors(self) -> None:
-        """Bring errors.jsonl up to date with the units that are done."""
+    @property
+    def _codes(self) -> int | None:
+        config = DOVEConfig.from_dict(self.settings.config)
+        return config.num_features if self.settings.codes else None
+
+    def done_keys(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield each unit that is done with its keys. Raises `StoreError` for damaged records."""
+        for index in sorted(self._units):
+            yield index, read_table(records_path(self.directory, index), ["key"]).column("key").to_pylist()
+
+    def write_errors(self, pending: Sequence[InputError] = ()) -> None:
+        """Bring errors.jsonl up to date with the units that are done, and what a unit in hand set aside."""
         path = self.directory / ERRORS_NAME
-        errors = self.errors
+        errors = [*self.errors, *pending]
         if errors:
             with replacing(path) as file:
                 for error in errors:
@@ -169,6 +256,8 @@ class StoreWriter:
         }
         if complete:
             content["totals"] = {"records": self.records, "tokens": self.tokens, "errors": len(self.errors)}
+            if self.quantization_error is not None:
+                content["totals"]["quantization_error"] = self.quantization_error
             content["shards"] = [
                 {
                     "tokens_file": tokens_path(Path(), index).as_posix(),
@@ -176,6 +265,9 @@ class StoreWriter:
                     "first": sum_before,
                     "records": self._units[index].records,
                     "tokens": self._units[index].tokens,
+                    "tokens_bytes": self._units[index].tokens_bytes,
+                    "tokens_sha256": self._units[index].tokens_sha256,
+                    "records_sha256": hash_file(records_path(self.directory, index)),
                 }
                 for index, sum_before in enumerate(self._firsts())
             ]
@@ -187,3 +279,7 @@ class StoreWriter:
             firsts.append(total)
             total += self._units[index].records
         return firsts
+
+
+def _amount(settings: Mapping[str, Any]) -> str:
+    return f"{settings['units']} shards" if settings["inputs"] is None else str(settings["inputs"])

@@ -117,7 +117,7 @@ def test_a_complete_store_is_not_touched_again(tmp_path, photos, loaded):
 
 def test_other_settings_and_other_inputs_are_refused(tmp_path, photos, loaded):
     tokenize(photos, tmp_path / "s", loaded, OPTIONS)
-    with pytest.raises(StoreError, match=r"made with other settings \(shard_size: 4, now 1024\)"):
+    with pytest.raises(StoreError, match=r"made with other settings \(shard_size: 4, now 1024; units: 3, now 1\)"):
         tokenize(photos, tmp_path / "s", loaded)
     other = LoadedModel(loaded.model, "sha256:other")
     with pytest.raises(StoreError, match=r"another checkpoint \(fingerprint sha256:.*, now sha256:other"):
@@ -218,7 +218,18 @@ def test_pillows_warnings_stay_silent_and_filters_are_restored(tmp_path, photos,
     assert list(warnings.filters) == filters
 
 
-@pytest.mark.parametrize("name", ["batch_size", "shard_size", "workers"])
-def test_counts_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        TokenizeOptions(**{name: 0})
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"max_errors": -1}, "max_errors must be at least 0, got -1"),
+        ({"world_size": 0}, "world_size must be at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, r"rank must be from 0 to 1 \(world_size - 1\), got 2"),
+        ({"token_dtype": "int4"}, "token_dtype must be one of float32, bfloat16, float16, int8, got 'int4'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        TokenizeOptions(**options)

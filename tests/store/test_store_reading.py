@@ -77,7 +77,7 @@ def test_the_shards_are_plain_safetensors_and_parquet(store):
 
 def test_the_manifest_says_how_the_store_was_made(store):
     manifest = TokenStore(store).manifest
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["complete"] is True
     assert manifest["environments"] == [{"torch": "test"}]
     tokens = sum(image(index, "float32", 1)[1].length for index in range(8))

@@ -133,7 +133,7 @@ def test_a_block_that_raises_leaves_nothing_of_its_unit(tmp_path):
     with pytest.raises(KeyError), writer.shard(0) as shard:  # noqa: PT012 - the block is what is tested
         shard.append(*_batch(0))
         raise KeyError
-    assert set(contents(tmp_path / "s")) == {"manifest.json"}
+    assert set(contents(tmp_path / "s")) == {".lock", "manifest.json"}
     assert writer.missing == [0, 1, 2]
 
 
@@ -155,6 +155,7 @@ def test_other_settings_are_refused_by_name(store):
 def test_other_versions_are_not_other_settings_but_are_kept(tmp_path):
     writer = StoreWriter(tmp_path / "s", settings(8), {"torch": "2.11"})
     writer.begin()
+    writer.close()
     again = StoreWriter(tmp_path / "s", settings(8), {"torch": "2.13"})
     again.begin()
     fill(again)

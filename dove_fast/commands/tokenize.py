@@ -1,0 +1,317 @@
+"""dove-fast tokenize: images in, a token store out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dove_fast.commands.options import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_SET_ASIDE,
+    EXIT_STOPPED,
+    add_command,
+    add_length_options,
+    add_model_options,
+    fail,
+    load,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from dove_fast.commands.options import Commands
+    from dove_fast.jobs import Snapshot, TokenizeOptions, TokenizeReport
+    from dove_fast.jobs.report import Extremes
+
+__all__ = ["add"]
+
+EXAMPLES = """examples:
+  dove-fast tokenize photos/ store/                     every image below a folder
+  dove-fast tokenize paths.txt store/ --max-length 32   a text file of paths, at most 32 tokens an image
+  dove-fast tokenize 'shards/train-{0000..0146}.tar' store/ --device cuda --dtype bfloat16
+  dove-fast tokenize images.parquet store/ --token-dtype int8 --codes
+  dove-fast tokenize shards/ store/ --devices cuda:0,cuda:1,cuda:2,cuda:3
+  torchrun --nproc-per-node 8 -m dove_fast.cli tokenize shards/ store/     or srun, on several machines
+
+Run the same command again to go on after an interruption. Inputs that cannot be decoded are
+named with their reason in OUTPUT/errors.jsonl."""
+
+# The report stands in the store.
+REPORT_NAME = "report.html"
+# Points of the curve in the report.
+CURVE_SECONDS = 1.0
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(commands, "tokenize", "turn images into a store of variable-length tokens", EXAMPLES)
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        help="an image, a folder of images or shards, a text file of paths, WebDataset shards (.tar, with ranges "
+        "{000..146} or stars, pipe:command, URLs) or Parquet files",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="the directory of the token store")
+    add_model_options(parser)
+    add_length_options(parser, "")
+    parser.add_argument(
+        "--eos-threshold",
+        type=float,
+        metavar="P",
+        help="the probability above which an image ends (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--queries",
+        metavar="FILE",
+        help='JSON lines {"key": .., "ids": [..]} of token ids, or {"key": .., "text": ".."} for a checkpoint with a '
+        "tokenizer.json (Q-DOVE)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="inputs a shard, what an interruption can cost (default: %(default)s; WebDataset shards stay as they are)",
+    )
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument(
+        "--token-dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="of the tokens in the store; int8 with one scale a token (default: the model's)",
+    )
+    kept.add_argument("--codes", action="store_true", help="keep the VQGAN's codes too, uint16")
+    kept.add_argument("--prefix-keys", action="store_true", help="put the shard's name before its samples' keys")
+    kept.add_argument("--image-column", metavar="NAME", help="of Parquet files (default: found by name and type)")
+    kept.add_argument("--key-column", metavar="NAME", help="of Parquet files (default: key, or the file and the row)")
+    running = parser.add_argument_group("how it runs")
+    running.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one a core, at most 8)")
+    running.add_argument("--max-errors", type=int, metavar="N", help="stop when more inputs are set aside")
+    running.add_argument("--join", action="store_true", help="work beside the jobs that write the same OUTPUT")
+    running.add_argument("--rank", type=int, metavar="R", help="do every W-th unit from the R-th on (see --world-size)")
+    running.add_argument(
+        "--world-size", type=positive, metavar="W", help="of so many jobs; torchrun and srun set both by themselves"
+    )
+    running.add_argument("--devices", metavar="D,D,..", help="one process a device, such as cuda:0,cuda:1 or cpu,cpu")
+    running.add_argument("--dry-run", action="store_true", help="count the inputs and estimate time and size")
+    seen = parser.add_argument_group("what is seen of it")
+    seen.add_argument("--metrics", metavar="FILE", help="append a line of JSON with rates every ten seconds")
+    seen.add_argument("--prometheus", type=int, metavar="PORT", help="serve the rates at http://127.0.0.1:PORT/metrics")
+    seen.add_argument("--no-report", action="store_true", help=f"do not write OUTPUT/{REPORT_NAME}")
+    parser.set_defaults(run=run, resume="whole shards are kept, run the same command again to go on")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    from dove_fast.jobs import read_queries
+    from dove_fast.jobs.ranks import rank_from
+
+    if arguments.devices is not None:
+        return _run_on_devices(arguments)
+    rank = rank_from(os.environ) if arguments.rank is None and arguments.world_size is None else None
+    if rank is not None and arguments.device is None:
+        arguments.device = _own_device(rank.local)
+    options = _options(arguments, (rank.rank, rank.world_size) if rank is not None else None)
+    queries = read_queries(arguments.queries) if arguments.queries is not None else None
+    loaded = load(arguments)
+    if arguments.dry_run:
+        from dove_fast.jobs.estimate import estimate
+
+        print(estimate(arguments.input, arguments.output, loaded, options, queries=queries).text())
+        return EXIT_DONE
+
+    from dove_fast.jobs import tokenize
+    from dove_fast.jobs.display import progress_bar
+    from dove_fast.jobs.report import Extremes
+
+    extremes = None if arguments.no_report else Extremes()
+    curve: list[tuple[float, int]] = [(0.0, 0)]
+
+    def remember(snapshot: Snapshot) -> None:
+        if snapshot.elapsed - curve[-1][0] >= CURVE_SECONDS:
+            curve.append((snapshot.elapsed, snapshot.images))
+
+    with progress_bar("tokenize") as on_progress, _watching(arguments, remember) as on_snapshot:
+        report = tokenize(
+            arguments.input,
+            arguments.output,
+            loaded,
+            options,
+            queries=queries,
+            on_progress=on_progress,
+            on_snapshot=on_snapshot,
+            on_image=None if extremes is None else extremes.add,
+        )
+    if extremes is not None and report.complete and not report.already_complete:
+        _write_report(Path(arguments.output), report, extremes, curve, loaded.model.device.type)
+    return _say(arguments.output, report)
+
+
+def _own_device(local: int) -> str | None:
+    import torch
+
+    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+
+
+def _options(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> TokenizeOptions:
+    from dove_fast.jobs import TokenizeOptions
+
+    if (arguments.rank is None) != (arguments.world_size is None):
+        raise ValueError("--rank and --world-size go together")
+    if arguments.rank is not None:
+        rank = arguments.rank, arguments.world_size
+    return TokenizeOptions(
+        length=arguments.length,
+        max_length=arguments.max_length,
+        eos_threshold=arguments.eos_threshold,
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        prefix_keys=arguments.prefix_keys,
+        image_column=arguments.image_column,
+        key_column=arguments.key_column,
+        token_dtype=arguments.token_dtype,
+        codes=arguments.codes,
+        workers=arguments.workers,
+        max_errors=arguments.max_errors,
+        join=arguments.join,
+        rank=rank[0] if rank is not None else 0,
+        world_size=rank[1] if rank is not None else 1,
+    )
+
+
+@contextlib.contextmanager
+def _watching(
+    arguments: argparse.Namespace, remember: Callable[[Snapshot], None]
+) -> Iterator[Callable[[Snapshot], None]]:
+    """Give what shows snapshots to everybody who asked for them."""
+    from dove_fast.jobs.metrics import MetricsLog, MetricsServer
+
+    with contextlib.ExitStack() as stack:
+        watchers: list[Callable[[Snapshot], None]] = [remember]
+        log: MetricsLog | None = None
+        last: list[Snapshot] = []
+        if arguments.prometheus is not None:
+            server = MetricsServer(arguments.prometheus)
+            stack.callback(server.close)
+            watchers.append(server.update)
+            print(f"metrics at http://127.0.0.1:{server.port}/metrics", file=sys.stderr)
+        if arguments.metrics is not None:
+            log = MetricsLog(arguments.metrics)
+            stack.callback(log.close)
+            watchers.append(log.update)
+
+        def show(snapshot: Snapshot) -> None:
+            last[:] = [snapshot]
+            for watcher in watchers:
+                watcher(snapshot)
+
+        try:
+            yield show
+        finally:
+            if log is not None and last:
+                log.update(last[0], last=True)
+
+
+def _write_report(
+    output: Path,
+    report: TokenizeReport,
+    extremes: Extremes,
+    curve: list[tuple[float, int]],
+    device: str,
+) -> None:
+    from itertools import pairwise
+
+    from dove_fast.jobs.report import ReportData, write_report
+    from dove_fast.store import TokenStore
+    from dove_fast.store.records import read_errors
+
+    store = TokenStore(output)
+    rates = [(end, (after - before) / (end - start)) for (start, before), (end, after) in pairwise(curve)]
+    settings = {name: value for name, value in store.manifest["settings"].items() if name not in ("config",)}
+    write_report(
+        output / REPORT_NAME,
+        ReportData(
+            title=f"Token store {output.name}",
+            lengths=store.lengths,
+            num_tokens=store.config.num_tokens,
+            computed=report.computed,
+            seconds=report.seconds,
+            device=device,
+            shares=report.stages,
+            settings=settings,
+            throughput=rates,
+            longest=extremes.longest,
+            shortest=extremes.shortest,
+            errors=read_errors(output),
+        ),
+    )
+
+
+def _say(output: str, report: TokenizeReport) -> int:
+    """Print what came of it, and return the exit code."""
+    from rich.console import Console
+
+    from dove_fast.jobs.display import TokenizeSummary, show_tokenize_summary
+
+    mean = f", mean {report.tokens / report.records:.2f}" if report.records else ""
+    print(f"{output}: {report.records} images, {report.tokens} tokens{mean}, {report.errors} set aside")
+    if report.already_complete:
+        print("it was complete already, nothing was computed")
+    else:
+        print(f"{report.computed} images in {report.seconds:.1f} s, {report.computed / report.seconds:.1f} images/s")
+    console = Console()
+    if console.is_terminal and not report.already_complete:
+        summary = TokenizeSummary(
+            images=report.records,
+            set_aside=report.errors,
+            tokens=report.tokens,
+            computed=report.computed,
+            seconds=report.seconds,
+            stages=report.stages,
+            quantization_error=report.quantization_error,
+        )
+        show_tokenize_summary(summary, output, console)
+    if not report.complete:
+        print(f"{report.missing} of {report.units} units are other jobs', or were left by them; run again to finish")
+    if report.errors:
+        print(f"dove-fast: {report.errors} inputs were set aside, see {output}/errors.jsonl", file=sys.stderr)
+    return EXIT_SET_ASIDE if report.errors else EXIT_DONE
+
+
+def _run_on_devices(arguments: argparse.Namespace) -> int:
+    """Start one process a device, and tell when they are done what came of it."""
+    from dove_fast.jobs.ranks import run_on_devices
+
+    devices = [name.strip() for name in arguments.devices.split(",") if name.strip()]
+    clashing = [
+        f"--{name.replace('_', '-')}"
+        for name in ("device", "rank", "world_size", "dry_run", "metrics", "prometheus")
+        if getattr(arguments, name)
+    ]
+    if not devices or clashing:
+        raise ValueError(f"--devices must name devices, and goes without {', '.join(clashing) or 'an empty list'}")
+    given = list(arguments.argv)
+    place = next(i for i, word in enumerate(given) if word.split("=")[0] == "--devices")
+    del given[place : place + (1 if "=" in given[place] else 2)]
+    results = run_on_devices(given, devices)
+    codes = [code for _, code, _ in results]
+    for device, code, error in results:
+        if code not in (EXIT_DONE, EXIT_SET_ASIDE):
+            print(f"dove-fast: {device}: exit code {code}: {error.strip()}", file=sys.stderr)
+    if EXIT_INTERRUPTED in codes:
+        raise KeyboardInterrupt
+    from dove_fast.store import TokenStore
+
+    if all(code not in (EXIT_DONE, EXIT_SET_ASIDE) for code in codes):
+        return max(codes)
+    try:
+        store = TokenStore(arguments.output)
+    except Exception as error:
+        return fail(EXIT_STOPPED, str(error))
+    totals = store.manifest["totals"]
+    print(f"{arguments.output}: {len(store)} images, {totals['tokens']} tokens, {totals['errors']} set aside")
+    return EXIT_SET_ASIDE if totals["errors"] else EXIT_DONE

@@ -1,0 +1,86 @@
+"""Decoding in processes: a worker an own process, and what happens when one dies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import TypeVar
+
+from dove_fast.data.load import Loaded
+from dove_fast.data.prefetch import prefetch
+from dove_fast.data.worker import DecodeWorker, Transform, WorkerDiedError, decode_here
+
+__all__ = ["Decoders"]
+
+Item = TypeVar("Item")
+
+# How often an image may be alone with a process that dies before it is blamed.
+TRIES = 2
+CRASHED = f"decoding it ended the decoding process {TRIES} times: a crash of the decoder, or too little memory"
+
+
+class Decoders:
+    """Loads images with `transform` in `workers` processes; with 0 where it is called.
+
+    A process that dies is started again, and its images are tried again, each alone; one that was alone with `TRIES`
+    dying processes comes back as a reason. `seconds`: the time that was spent on loading so far, all workers together.
+    """
+
+    def __init__(self, transform: Transform, workers: int) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
+        self._transform = transform
+        self.workers = workers
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._all: list[DecodeWorker] = []
+        self.seconds = 0.0
+
+    def map(
+        self, chunks: Iterable[Item], contents: Callable[[Item], Sequence[str | bytes]], *, depth: int
+    ) -> Generator[tuple[Item, list[Loaded | str]], None, None]:
+        """Yield every chunk with its loaded images, or reasons, in order; at most `depth` chunks ahead."""
+
+        def load(chunk: Item) -> tuple[Item, list[Loaded | str]]:
+            return chunk, self._load(contents(chunk))
+
+        if self.workers == 0:
+            for chunk in chunks:
+                yield load(chunk)
+        else:
+            yield from prefetch(load, chunks, workers=self.workers, depth=depth)
+
+    def _load(self, contents: Sequence[str | bytes]) -> list[Loaded | str]:
+        if self.workers == 0 or not contents:
+            return self._counted(decode_here(contents, self._transform))
+        try:
+            return self._counted(self._worker().decode(contents))
+        except WorkerDiedError:
+            return [self._alone(content) for content in contents]
+
+    def _alone(self, content: str | bytes) -> Loaded | str:
+        for _ in range(TRIES):
+            try:
+                return self._counted(self._worker().decode([content]))[0]
+            except WorkerDiedError:
+                continue
+        return CRASHED
+
+    def _counted(self, answer: tuple[list[Loaded | str], float]) -> list[Loaded | str]:
+        with self._lock:
+            self.seconds += answer[1]
+        return answer[0]
+
+    def _worker(self) -> DecodeWorker:
+        # One a calling thread.
+        if not hasattr(self._own, "worker"):
+            self._own.worker = DecodeWorker(self._transform)
+            with self._lock:
+                self._all.append(self._own.worker)
+        worker: DecodeWorker = self._own.worker
+        return worker
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._all:
+            worker.close()

@@ -1,0 +1,182 @@
+"""WebDataset shards as a job's input: each is a unit, read once from its start, also from a pipe or a URL."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import subprocess
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from dove_fast.data.formats import SUFFIXES
+from dove_fast.data.listing import printable
+from dove_fast.data.sources import PIPE, URL, EncodedImage, Unusable
+from dove_fast.data.tar import ForwardFile, Member, content, members, open_tar, what_is_wrong
+from dove_fast.store.layout import hash_keys
+
+__all__ = ["MAX_IMAGE_BYTES", "ShardSource"]
+
+# A member is read into memory whole: what is larger than this is no picture that anyone would decode.
+MAX_IMAGE_BYTES = 1 << 28
+# What comes with a picture and is larger is not passed through.
+MAX_EXTRA_BYTES = 1 << 20
+
+
+class ShardSource:
+    """WebDataset shards, in the order given; one shard is one unit.
+
+    Files that are one after the other in a shard and have the same path up to the first dot of the base name are one
+    sample. Its key is that path, with `prefix_keys` behind the shard's name and a "/"; its picture the one file with an
+    ending of `SUFFIXES`. The others pass through by their endings: json as what it holds, others as text where they are
+    UTF-8, up to `MAX_EXTRA_BYTES`; what is neither is left out.
+
+    Set aside with their reason: a sample without a picture or with several, one whose key leads out of its folder or
+    was in the shard before, and what lies behind damage in a local shard. A "pipe:" command that fails, and a medium
+    that does, raise `OSError` instead: what they would have given is not lost.
+    """
+
+    def __init__(self, shards: Sequence[str], *, prefix_keys: bool) -> None:
+        self._shards = list(shards)
+        self._prefix = prefix_keys
+        self.units = len(self._shards)
+        self.inputs: int | None = None
+        self.shard_size: int | None = None
+        names = [_name(shard) for shard in self._shards]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        self.unique_keys = prefix_keys
+        if prefix_keys and repeated:
+            raise ValueError(f"shards must have different names to prefix keys with, {repeated[0]!r} comes twice")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the kind, and whether keys have prefixes."""
+        return {"kind": "webdataset", "prefix_keys": self._prefix}
+
+    def identity(self) -> str:
+        """Return the hash of the shards' names, without their folders."""
+        return hash_keys(_name(shard) for shard in self._shards)
+
+    def keys(self) -> Iterable[str] | None:
+        """Return None: only reading tells."""
+        return None
+
+    def size_of(self, unit: int) -> int | None:
+        """Return None: only reading tells."""
+        return None
+
+    def read(self, unit: int) -> Iterator[EncodedImage | Unusable]:
+        """Yield a shard's samples."""
+        shard = self._shards[unit]
+        source = printable(shard)
+        seen: set[str] = set()
+        with _opened(shard) as file:
+            try:
+                with open_tar(file) as archive:
+                    for name, files in itertools.groupby(members(archive, file), key=lambda file: file.name):
+                        key = f"{_name(shard)}/{printable(name)}" if self._prefix else printable(name)
+                        sample = _sample(archive, key, source, files)
+                        if key in seen:
+                            sample = Unusable(key, source, "its key comes more than once in the shard")
+                        seen.add(key)
+                        yield sample
+            except (tarfile.TarError, OverflowError) as error:
+                if isinstance(file, ForwardFile):
+                    # A stream that ended early may be whole the next time.
+                    raise OSError(errno.EIO, f"the stream {what_is_wrong(file, error)}", shard) from error
+                yield Unusable(_name(shard), source, f"the shard {what_is_wrong(file, error)}")
+
+
+def _name(shard: str) -> str:
+    """Return a shard's name: the base name without .tar, a pipe's command as it is."""
+    if shard.startswith(PIPE):
+        return printable(shard)
+    path = shard.split("?")[0] if URL.match(shard) else shard
+    return printable(os.path.basename(path).removesuffix(".tar"))
+
+
+@contextlib.contextmanager
+def _opened(shard: str) -> Iterator[IO[bytes] | ForwardFile]:
+    if shard.startswith(PIPE):
+        with _piped(shard.removeprefix(PIPE)) as stream:
+            yield stream
+    elif URL.match(shard):
+        # It comes with torch.
+        import fsspec
+
+        try:
+            opened = fsspec.open(shard, "rb").open()
+        except (ImportError, ValueError) as error:
+            raise OSError(errno.EINVAL, f"cannot be opened: {error}", shard) from error
+        with opened as stream:
+            yield ForwardFile(stream)
+    else:
+        with open(shard, "rb") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def _piped(command: str) -> Iterator[ForwardFile]:
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        if process.stdout is None:
+            raise OSError(errno.EPIPE, "no output to read", command)
+        stream = ForwardFile(process.stdout)
+        try:
+            yield stream
+        except BaseException:
+            process.kill()
+            raise
+        # What follows the archive, so that the command can end.
+        while process.stdout.read(1 << 16):
+            pass
+        if process.wait():
+            raise OSError(errno.EIO, f"the command ended with exit code {process.returncode}", PIPE + command)
+
+
+def _sample(archive: tarfile.TarFile, key: str, source: str, files: Iterable[Member]) -> EncodedImage | Unusable:
+    picture: bytes | None = None
+    extra: dict[str, Any] = {}
+    reason = ""
+    # In order, as a stream has to be read.
+    for file in files:
+        if file.ending in SUFFIXES:
+            if picture is not None:
+                reason = "more than one picture"
+            elif file.header.size > MAX_IMAGE_BYTES:
+                reason = f"a picture of {file.header.size} bytes, more than {MAX_IMAGE_BYTES}"
+            else:
+                picture = content(archive, file.header).read()
+        elif file.header.size <= MAX_EXTRA_BYTES:
+            value = _passed_through(file.ending, content(archive, file.header).read())
+            if value is not None:
+                extra[printable(file.ending[1:])] = value
+    if not reason and picture is None:
+        reason = "no picture"
+    if _leads_out(key):
+        reason = "its key leads out of its folder"
+    if reason or picture is None:
+        return Unusable(key, source, reason)
+    return EncodedImage(key, source, picture, extra or None)
+
+
+def _passed_through(ending: str, data: bytes) -> Any:
+    try:
+        text = data.decode("utf-8-sig")
+        # A surrogate in JSON's escapes could not be written again.
+        text.encode()
+        if not ending.endswith(".json"):
+            return text
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError):
+        return None
+
+
+def _leads_out(key: str) -> bool:
+    path = PurePosixPath(key)
+    return path.is_absolute() or ".." in path.parts or "\0" in key

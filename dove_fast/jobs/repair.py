@@ -1,0 +1,70 @@
+"""Doing the damaged units of a store again, with the settings in its manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dove_fast.errors import StoreError
+from dove_fast.jobs.loading import LoadedModel
+from dove_fast.jobs.progress import OnProgress
+from dove_fast.jobs.queries import Ids
+from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, plan, tokenize
+from dove_fast.store.layout import read_manifest
+from dove_fast.store.verify import drop_units
+
+__all__ = ["options_of", "repair", "source_of"]
+
+
+def options_of(manifest: Mapping[str, Any]) -> TokenizeOptions:
+    """Return the options that a store was made with, by its manifest; those of its last run where they may differ."""
+    settings, ran = manifest["settings"], manifest["environments"][-1]
+    source = settings["source"]
+    return TokenizeOptions(
+        length=settings["length"],
+        max_length=settings["max_length"],
+        eos_threshold=settings["eos_threshold"] if settings["length"] is None else None,
+        batch_size=ran["batch_size"],
+        shard_size=settings["shard_size"] or TokenizeOptions.shard_size,
+        prefix_keys=source.get("prefix_keys", False),
+        image_column=source.get("image_column"),
+        key_column=source.get("key_column"),
+        token_dtype=settings["dtype"],
+        codes=settings["codes"],
+    )
+
+
+def source_of(manifest: Mapping[str, Any]) -> str:
+    """Return where a store's images came from in its last run."""
+    return str(manifest["environments"][-1]["source"])
+
+
+def repair(
+    directory: str | os.PathLike[str],
+    units: list[int],
+    loaded: LoadedModel,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    queries: Mapping[str, Ids | str] | None = None,
+    workers: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> TokenizeReport:
+    """Do `units` of a complete store again; `source` None reads from where its last run did.
+
+    Everything is checked before anything is removed: the same inputs, model and settings. On the device, with the
+    versions and the number of threads of the first time the bytes are the same again, too.
+    Raises what `tokenize` raises.
+    """
+    manifest = read_manifest(Path(directory))
+    options = replace(options_of(manifest), workers=workers)
+    origin = source_of(manifest) if source is None else source
+    if not os.path.exists(origin) and source is None and "://" not in os.fspath(origin):
+        raise StoreError(
+            f"{directory} was made from {origin}, which is not there; say where its images are now (--input)"
+        )
+    plan(origin, directory, loaded, options, queries)
+    drop_units(directory, units)
+    return tokenize(origin, directory, loaded, options, queries=queries, on_progress=on_progress)

@@ -1,0 +1,261 @@
+"""The report of a tokenization job: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dove_fast.atomic import replacing
+from dove_fast.jobs.display import flat_settings
+from dove_fast.jobs.info import length_histogram
+from dove_fast.store.records import InputError
+
+__all__ = ["Extreme", "Extremes", "ReportData", "write_report"]
+
+# Errors that are named; of the others there is a number.
+MAX_ERRORS = 100
+# Pixels of a thumbnail's longer side, at most.
+THUMBNAIL = 128
+# The drawings' own units, of which the text is 12 high.
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 72, 24, 16
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --mark: #2a6fb0; --faint: #6b6b6b }
+@media (prefers-color-scheme: dark) { :root { --mark: #6cb2f0; --faint: #a0a0a0 } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2 { line-height: 1.2; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line) }
+th { font-weight: 600; width: 14rem }
+td, figcaption { overflow-wrap: anywhere }
+svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: currentColor }
+rect { fill: var(--mark) }
+polyline { fill: none; stroke: var(--mark); stroke-width: 1.5 }
+.axis { stroke: var(--line) }
+.images { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; width: 8rem }
+figure img { width: 8rem; height: auto; image-rendering: pixelated }
+figcaption, .faint { font-size: .85rem; color: var(--faint) }
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Extreme:
+    """One of the images with the most, or the fewest, tokens; `pixels`: uint8 (3, S, S) on the CPU."""
+
+    key: str
+    length: int
+    pixels: Tensor
+
+
+class Extremes:
+    """Keeps the `count` longest and the `count` shortest images of those it is given; of equal ones the earlier."""
+
+    def __init__(self, count: int = 8) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        self._count = count
+        self._seen = 0
+        # Heaps with the next one to go in front. The second number is unique, so images are never compared.
+        self._long: list[tuple[int, int, Extreme]] = []
+        self._short: list[tuple[int, int, Extreme]] = []
+
+    def add(self, key: str, length: int, pixels: Tensor) -> None:
+        """Look at one image, `pixels` uint8 (3, S, S); they are copied if it is kept.
+
+        Raises `TypeError` or `ValueError` for other pixels.
+        """
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels must be uint8, got {pixels.dtype}")
+        if pixels.ndim != 3 or pixels.shape[0] != 3:
+            raise ValueError(f"pixels must be (3, S, S), got {tuple(pixels.shape)}")
+        self._seen += 1
+        places = [
+            (heap, number)
+            for heap, number in ((self._long, length), (self._short, -length))
+            if len(heap) < self._count or (number, -self._seen) > heap[0][:2]
+        ]
+        if not places:
+            return
+        kept = Extreme(key, length, pixels.to("cpu", copy=True))
+        for heap, number in places:
+            entry = (number, -self._seen, kept)
+            if len(heap) < self._count:
+                heapq.heappush(heap, entry)
+            else:
+                heapq.heapreplace(heap, entry)
+
+    @property
+    def longest(self) -> list[Extreme]:
+        """The longest images, the longest first."""
+        return [entry[2] for entry in sorted(self._long, reverse=True)]
+
+    @property
+    def shortest(self) -> list[Extreme]:
+        """The shortest images, the shortest first."""
+        return [entry[2] for entry in sorted(self._short, reverse=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """What a report shows.
+
+    `lengths`: integers (images,), those of all images; `num_tokens`: the most an image can have. `computed`: images of
+    this run, which took `seconds`. `shares`: of these seconds, in which each stage was busy. `settings` may hold
+    mappings; those that are None are left out. `throughput`: elapsed seconds and images/s, in order of time.
+    """
+
+    title: str
+    lengths: np.ndarray
+    num_tokens: int
+    computed: int
+    seconds: float
+    device: str
+    shares: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    throughput: Sequence[tuple[float, float]] = ()
+    longest: Sequence[Extreme] = ()
+    shortest: Sequence[Extreme] = ()
+    errors: Sequence[InputError] = ()
+
+
+def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
+    """Write a report as one HTML file, by temporary file and rename; it loads nothing and runs nothing.
+
+    Raises `OSError`.
+    """
+    page = "\n".join(_page(data)) + "\n"
+    with replacing(Path(path), durable=False) as file:
+        # A name that the file system could not spell is shown as it came.
+        file.write(page.encode("utf-8", "backslashreplace"))
+
+
+def _page(data: ReportData) -> Iterator[str]:
+    title = escape(data.title)
+    yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width">'
+    yield f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>"
+    yield from _table("Summary", _summary(data))
+    if len(data.lengths):
+        yield "<h2>Lengths</h2>"
+        yield from _histogram(length_histogram(data.lengths, data.num_tokens))
+    if len(data.throughput) > 1:
+        yield "<h2>Throughput</h2>"
+        yield from _line(data.throughput)
+    yield from _images("Most tokens", data.longest)
+    yield from _images("Fewest tokens", data.shortest)
+    yield from _errors(data.errors)
+    settings = [(name, str(value)) for name, value in flat_settings(data.settings) if value is not None]
+    yield from _table("Settings", settings)
+    yield "</body>\n</html>"
+
+
+def _summary(data: ReportData) -> Iterator[tuple[str, str]]:
+    images, tokens = len(data.lengths), int(data.lengths.sum(dtype=np.int64))
+    yield "images", f"{images:,}"
+    if data.computed != images:
+        yield "of this run", f"{data.computed:,}"
+    yield "tokens", f"{tokens:,}"
+    if images:
+        yield "mean length", f"{tokens / images:.2f}"
+    yield "errors", f"{len(data.errors):,}"
+    yield "seconds", f"{data.seconds:.1f}"
+    if data.computed and data.seconds > 0:
+        yield "images/s", f"{data.computed / data.seconds:.1f}"
+    for stage, share in data.shares.items():
+        yield f"{stage} busy", f"{share:.1%}"
+    yield "device", data.device
+
+
+def _table(title: str, rows: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> Iterator[str]:
+    lines = [f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows]
+    if lines:
+        yield f"<h2>{escape(title)}</h2>\n<table>"
+        yield from lines
+        yield "</table>"
+
+
+def _histogram(histogram: list[tuple[int, int, int]]) -> Iterator[str]:
+    """Draw a bar a range, as high as its images."""
+    tallest = max(count for _, _, count in histogram) or 1
+    step = (WIDTH - LEFT) / len(histogram)
+    yield from _begin_drawing("Images by number of tokens", f"{tallest:,}", "images")
+    for index, (first, last, count) in enumerate(histogram):
+        high = (HEIGHT - BOTTOM - TOP) * count / tallest
+        x = LEFT + step * index
+        yield (
+            f'<rect x="{x + 1:.2f}" y="{HEIGHT - BOTTOM - high:.2f}" width="{step - 2:.2f}" height="{high:.2f}">'
+            f"<title>length {_range(first, last)}: {count:,}</title></rect>"
+        )
+        yield f'<text x="{x + step / 2:.2f}" y="{HEIGHT - 8}" text-anchor="middle">{first}</text>'
+    yield "</svg>"
+    width = histogram[0][1] - histogram[0][0] + 1
+    yield f'<p class="faint">Below each bar stands the shortest length that it counts, of {width}.</p>'
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _line(points: Sequence[tuple[float, float]]) -> Iterator[str]:
+    """Draw images/s over time."""
+    longest = max(elapsed for elapsed, _ in points) or 1.0
+    fastest = max(rate for _, rate in points) or 1.0
+    wide, high = WIDTH - LEFT - 1, HEIGHT - BOTTOM - TOP
+    yield from _begin_drawing("Images per second over time", f"{fastest:,.1f}", "images/s")
+    places = " ".join(
+        f"{LEFT + wide * elapsed / longest:.2f},{HEIGHT - BOTTOM - high * rate / fastest:.2f}"
+        for elapsed, rate in points
+    )
+    yield f'<polyline points="{places}"/>'
+    yield f'<text x="{LEFT}" y="{HEIGHT - 8}">0 s</text>'
+    yield f'<text x="{WIDTH}" y="{HEIGHT - 8}" text-anchor="end">{longest:,.0f} s</text>\n</svg>'
+
+
+def _begin_drawing(label: str, most: str, unit: str) -> Iterator[str]:
+    yield f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    for y in (TOP, HEIGHT - BOTTOM):
+        yield f'<line class="axis" x1="{LEFT}" y1="{y}" x2="{WIDTH}" y2="{y}"/>'
+    yield f'<text x="{LEFT - 6}" y="{TOP + 4}" text-anchor="end">{most}</text>'
+    yield f'<text x="{LEFT - 6}" y="{TOP + 20}" text-anchor="end">{unit}</text>'
+    yield f'<text x="{LEFT - 6}" y="{HEIGHT - BOTTOM}" text-anchor="end">0</text>'
+
+
+def _images(title: str, extremes: Sequence[Extreme]) -> Iterator[str]:
+    if not extremes:
+        return
+    yield f'<h2>{title}</h2>\n<div class="images">'
+    for extreme in extremes:
+        key = escape(extreme.key)
+        tokens = "1 token" if extreme.length == 1 else f"{extreme.length} tokens"
+        yield (
+            f'<figure><img src="{_png(extreme.pixels)}" alt="{key}"><figcaption>{key}<br>{tokens}</figcaption></figure>'
+        )
+    yield "</div>"
+
+
+def _png(pixels: Tensor) -> str:
+    from PIL import Image
+
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _errors(errors: Sequence[InputError]) -> Iterator[str]:
+    yield from _table("Errors", [(error.key, error.reason) for error in errors[:MAX_ERRORS]])
+    more = len(errors) - MAX_ERRORS
+    if more > 0:
+        yield f'<p class="faint">and {more:,} more, see errors.jsonl</p>'

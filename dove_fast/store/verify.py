@@ -1,0 +1,125 @@
+"""Checking a store byte by byte, and dropping the units that are damaged so that they can be done again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dove_fast.errors import StoreError
+from dove_fast.store.claims import Claims
+from dove_fast.store.layout import (
+    ERRORS_NAME,
+    hash_file,
+    read_manifest,
+    records_path,
+    settings_id,
+    tokens_path,
+    write_manifest,
+)
+from dove_fast.store.records import read_unit
+
+__all__ = ["Damage", "drop_units", "verify"]
+
+# Format 1 kept no checksums.
+FIRST_WITH_CHECKSUMS = 2
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not as it was written: in `unit`, or, where that is None, beside the units."""
+
+    unit: int | None
+    file: str
+    reason: str
+
+
+def verify(
+    directory: str | os.PathLike[str], *, on_unit: Callable[[int, int], None] | None = None
+) -> tuple[int, list[Damage]]:
+    """Read every byte of a complete store, and return how many units it has and what is damaged, in order.
+
+    Every file is compared with the checksum that was taken when it was written; errors.jsonl with what the units say.
+    `on_unit` is called with the units that are checked and all units. Raises `FileNotFoundError` and `StoreError` as
+    `TokenStore` does, and `StoreError` for a store that is not complete, or of format 1, which has no checksums.
+    """
+    root = Path(directory)
+    manifest = read_manifest(root)
+    if manifest["format_version"] < FIRST_WITH_CHECKSUMS:
+        raise StoreError(f"{root} was written in format {manifest['format_version']}, which has no checksums")
+    if not manifest["complete"]:
+        raise StoreError(f"{root} is not complete; run the command that writes it again to finish it")
+    store = settings_id(manifest["settings"])
+    shards = manifest["shards"]
+    if len(shards) != manifest["settings"]["units"]:
+        raise StoreError(
+            f"{root} has a damaged manifest: {len(shards)} shards of {manifest['settings']['units']} units"
+        )
+    found: list[Damage] = []
+    errors: list[dict[str, Any]] = []
+    for number, entry in enumerate(shards):
+        damage = [
+            item
+            for item in (
+                _check(number, tokens_path(root, number), entry["tokens_sha256"]),
+                _check(number, records_path(root, number), entry["records_sha256"]),
+            )
+            if item is not None
+        ]
+        unit = None if damage else read_unit(records_path(root, number))
+        if unit is not None and (unit.store, unit.shard, unit.tokens_sha256) != (
+            store,
+            number,
+            entry["tokens_sha256"],
+        ):
+            damage.append(Damage(number, records_path(root, number).name, "belongs to another store or another place"))
+        found += damage
+        errors += [asdict(error) for error in unit.errors] if unit is not None else []
+        if on_unit is not None:
+            on_unit(number + 1, len(shards))
+    # Where a unit is damaged its errors are not known.
+    if not found and _listed_errors(root) != errors:
+        found.append(Damage(None, ERRORS_NAME, "is not what the units say"))
+    return len(shards), found
+
+
+def _check(unit: int, path: Path, expected: str) -> Damage | None:
+    try:
+        if hash_file(path) == expected:
+            return None
+        reason = "its bytes are not those that were written"
+    except FileNotFoundError:
+        reason = "is missing"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    return Damage(unit, f"{path.parent.name}/{path.name}", reason)
+
+
+def _listed_errors(root: Path) -> list[Any] | None:
+    try:
+        text = (root / ERRORS_NAME).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        return None
+
+
+def drop_units(directory: str | os.PathLike[str], units: list[int]) -> None:
+    """Remove units' files and mark the store as not complete, so that the job that wrote it does them again.
+
+    Raises `StoreError` if a job is writing the store.
+    """
+    root = Path(directory)
+    with contextlib.closing(Claims(root, join=False)):
+        manifest = read_manifest(root)
+        # First, so that nobody takes a store for whole that lacks units.
+        content = {name: manifest[name] for name in ("settings", "environments")}
+        write_manifest(root, {"complete": False, **content})
+        for unit in units:
+            for path in (records_path(root, unit), tokens_path(root, unit)):
+                path.unlink(missing_ok=True)
