@@ -375,3 +375,100 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, many, checkpoint):
     assert b"images/s" in shown
     assert f"/{MANY}".encode() in shown
     assert b" tokens" in shown
+
+
+def test_verify_and_repair(tmp_path, photos, dove_fast, checkpoint):
+    store = tmp_path / "s"
+    dove_fast("tokenize", photos, store, "--shard-size", 4, "--batch-size", 3, "--dtype", "bfloat16", "--codes")
+    whole = without_report(contents(store))
+    assert dove_fast("verify", store) == (0, f"{store}: 3 units, every byte as it was written\n", "")
+
+    flipped = store / "tokens/00001.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 4
+    flipped.write_bytes(content)
+    (store / "records/00002.parquet").unlink()
+    code, out, err = dove_fast("verify", store)
+    assert code == 3
+    assert out == f"{store}: 2 of 3 units are damaged; --repair does them again\n"
+    assert err.splitlines() == [
+        "dove-fast: tokens/00001.safetensors: its bytes are not those that were written",
+        "dove-fast: records/00002.parquet: is missing",
+    ]
+    refused(dove_fast("verify", store, "--input", photos), "are for --repair")
+
+    moved = photos.rename(tmp_path / "moved")
+    arguments = ("verify", store, "--repair", "--checkpoint", checkpoint, "--device", "cpu")
+    code, _, err = dove_fast(*arguments)
+    assert code == 2
+    assert "which is not there; say where its images are now (--input)" in err
+    code, out, err = dove_fast(*arguments, "--input", moved)
+    assert code == 0, err
+    assert out.startswith(f"{store}: 2 units were done again, 6 images in ")
+    assert dove_fast("verify", store)[0] == 0
+    # The same bytes, but for where the images are said to have come from.
+    assert TokenStore(store).keys == [f"{path}" for path in TokenStore(store).keys]
+    again = contents(store)
+    for name in ("tokens/00000.safetensors", "tokens/00001.safetensors", "tokens/00002.safetensors"):
+        assert again[name] == whole[name]
+
+
+def test_what_is_seen_of_a_job(tmp_path, photos, dove_fast):
+    store, metrics = tmp_path / "s", tmp_path / "m.jsonl"
+    add_bad(photos)
+    code, _, err = dove_fast("tokenize", photos, store, "--metrics", metrics, "--prometheus", 0)
+    assert code == 1
+    assert "metrics at http://127.0.0.1:" in err
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert (lines[-1]["done"], lines[-1]["images"], lines[-1]["errors"]) == (12, 10, 2)
+    page = (store / "report.html").read_text()
+    assert "05-cut.jpg" in page
+    assert page.count("data:image/png;base64") == 16
+    dove_fast("tokenize", photos, tmp_path / "without", "--no-report")
+    assert not (tmp_path / "without/report.html").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path, photos, dove_fast):
+    add_bad(photos)
+    code, out, err = dove_fast("tokenize", photos, tmp_path / "s", "--dry-run", "--batch-size", 3, "--shard-size", 4)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "12 inputs in 3 units, 0 of them done"
+    assert lines[1].startswith("of 9 inputs that were tried 1 cannot be used; ")
+    assert " KiB an image" in lines[1]
+    assert lines[-1] == "nothing was written"
+    assert not (tmp_path / "s").exists()
+
+
+def test_one_process_a_device(tmp_path, photos, dove_fast, checkpoint):
+    add_bad(photos)
+    arguments = ("--shard-size", 2, "--batch-size", 3)
+    dove_fast("tokenize", photos, tmp_path / "one", *arguments)
+    code, out, err = dove_fast("tokenize", photos, tmp_path / "s", *arguments, "--devices", "cpu,cpu")
+    refused((code, out, err), "goes without --device")
+    code = main(
+        [
+            *("tokenize", str(photos), str(tmp_path / "s"), "--checkpoint", str(checkpoint)),
+            *map(str, arguments),
+            "--devices=cpu,cpu",
+        ]
+    )
+    assert code == 1
+    one, two = TokenStore(tmp_path / "one"), TokenStore(tmp_path / "s")
+    assert two.keys == one.keys
+    assert two.lengths.tolist() == one.lengths.tolist()
+    assert len((tmp_path / "s/errors.jsonl").read_text().splitlines()) == 2
+
+
+def test_ranks_come_from_what_started_the_process(tmp_path, photos, dove_fast, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, out, _ = dove_fast("tokenize", photos, tmp_path / "s", "--shard-size", 4)
+    assert code == 0
+    assert "4 images" in out
+    assert "2 of 3 units are other jobs'" in out
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    code, out, _ = dove_fast("tokenize", photos, tmp_path / "s", "--shard-size", 4, "--rank", 0, "--world-size", 2)
+    assert code == 0
+    assert "10 images" in out
+    refused(dove_fast("tokenize", photos, tmp_path / "t", "--rank", 0), "--rank and --world-size go together")

@@ -4,7 +4,7 @@ from dove_fast.data.decode import BACKGROUND, DecodedImage, DecodeError, decode_
 from dove_fast.data.decoders import Decoders
 from dove_fast.data.folder import ImageFolder
 from dove_fast.data.listing import ImageInput, list_inputs
-from dove_fast.data.load import Loaded, load_image
+from dove_fast.data.load import Loaded, Transform, load_image
 from dove_fast.data.open_images import OpenImages
 from dove_fast.data.prefetch import prefetch, read_ahead
 from dove_fast.data.samples import JoinedSamples, Picture, Sample, Samples
@@ -30,6 +30,7 @@ __all__ = [
     "ShortSideCenterCrop",
     "Source",
     "SourceOptions",
+    "Transform",
     "Unusable",
     "VisualGenome",
     "WebDataset",

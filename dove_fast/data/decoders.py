@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeVar
 
-from dove_fast.data.load import Loaded
+from dove_fast.data.load import Loaded, Transform
 from dove_fast.data.prefetch import prefetch
-from dove_fast.data.worker import DecodeWorker, Transform, WorkerDiedError, decode_here
+from dove_fast.data.worker import DecodeWorker, WorkerDiedError, decode_here
 
 __all__ = ["Decoders"]
 

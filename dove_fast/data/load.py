@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from dove_fast.data.decode import DecodeError, decode_image
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Loaded", "load_image"]
+__all__ = ["Loaded", "Transform", "load_image"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +24,23 @@ class Loaded:
     height: int
 
 
-def load_image(content: str | bytes, transform: Callable[[Image.Image], Tensor]) -> Loaded | str:
+class Transform(Protocol):
+    """From an RGB image to uint8 (3, S, S); `least_side` is what a JPEG may be reduced to before, None for nothing."""
+
+    @property
+    def least_side(self) -> int | None:
+        """What `decode_image` takes."""
+        ...
+
+    def __call__(self, image: Image.Image, /) -> Tensor:
+        """Transform one image."""
+        ...
+
+
+def load_image(content: str | bytes, transform: Transform) -> Loaded | str:
     """Decode and transform the file at a path, or an image's bytes; what is wrong with it comes back as a reason."""
     try:
-        decoded = decode_image(content)
+        decoded = decode_image(content, least_side=transform.least_side)
         return Loaded(transform(decoded.image), decoded.width, decoded.height)
     except DecodeError as error:
         return str(error)

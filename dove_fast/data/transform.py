@@ -17,20 +17,35 @@ if TYPE_CHECKING:
 __all__ = ["ShortSideCenterCrop"]
 
 
+# How much larger than the square a reduced JPEG is at least, so that what it lacks would have been filtered out.
+REDUCED = 2
+
+
 @dataclass(frozen=True)
 class ShortSideCenterCrop:
     """Resize the short side to `size` with antialiased bicubic interpolation and keep the centred square.
 
-    A new way of computing it gets a new version: stores of different versions do not mix.
+    `reduced`: JPEGs may be decoded smaller, to `REDUCED` times `size` at least, by `decode_image`'s `least_side`:
+    faster, and nearly the same pixels. A new way of computing it gets a new name or version: stores of different ones
+    do not mix.
     """
 
     size: int
+    reduced: bool = False
 
-    name = "short-side-bicubic-center-crop/1"
+    @property
+    def name(self) -> str:
+        """The name and version, as manifests have it."""
+        return f"short-side-bicubic-center-crop{'-reduced' if self.reduced else ''}/1"
+
+    @property
+    def least_side(self) -> int | None:
+        """What `decode_image` may reduce a JPEG to."""
+        return REDUCED * self.size if self.reduced else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the name and all that decides the pixels, for a manifest."""
-        return {
+        plain = {
             "name": self.name,
             "size": self.size,
             "resample": "bicubic, antialiased",
@@ -38,6 +53,7 @@ class ShortSideCenterCrop:
             "orientation": "exif",
             "background": list(BACKGROUND),
         }
+        return {**plain, "least_side": self.least_side} if self.reduced else plain
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return an RGB image as uint8 (3, size, size); an image of that size comes back unchanged."""

@@ -9,25 +9,22 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dove_fast.data.load import Loaded, load_image
+from dove_fast.data.load import Loaded, Transform, load_image
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 __all__ = ["DecodeWorker", "WorkerDiedError", "decode_here"]
 
 # Seconds for a worker to end by itself once its pipe is closed.
 PATIENCE = 5.0
-
-Transform = Callable[["Image.Image"], Tensor]
 
 
 class WorkerDiedError(Exception):

@@ -81,7 +81,7 @@ def estimate(
 
     def images() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal failed
-        transform = ShortSideCenterCrop(loaded.model.config.image_size)
+        transform = ShortSideCenterCrop(loaded.model.config.image_size, options.reduced)
         for item in itertools.islice(_all(opened), BATCHES * options.batch_size):
             image = load_image(item.content, transform) if isinstance(item, EncodedImage) else item.reason
             if isinstance(image, str):

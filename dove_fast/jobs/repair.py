@@ -32,6 +32,7 @@ def options_of(manifest: Mapping[str, Any]) -> TokenizeOptions:
         prefix_keys=source.get("prefix_keys", False),
         image_column=source.get("image_column"),
         key_column=source.get("key_column"),
+        reduced="least_side" in settings["transform"],
         token_dtype=settings["dtype"],
         codes=settings["codes"],
     )

@@ -39,8 +39,9 @@ class TokenizeOptions:
 
     What the store holds: `shard_size`: inputs a shard, fixed for a store; a run that was stopped goes on behind the
     last whole shard (WebDataset shards stay as they are). `prefix_keys`, `image_column`, `key_column`: see
-    `SourceOptions`. `token_dtype`: a key of `TOKEN_DTYPES`, None for the model's; int8 comes with one scale a token,
-    and what it lost is in the manifest. `codes`: keep the VQGAN's codes too, uint16.
+    `SourceOptions`. `reduced`: decode JPEGs only as large as needed (`ShortSideCenterCrop`). `token_dtype`: a key of
+    `TOKEN_DTYPES`, None for the model's; int8 comes with one scale a token, and what it lost is in the manifest.
+    `codes`: keep the VQGAN's codes too, uint16.
 
     How it is made: `batch_size`: images encoded at a time; twice as many are generated together. `workers`: processes
     that decode, 0 to decode in this one; None for one a core, at most `MAX_DEFAULT_WORKERS`, and one for every
@@ -57,6 +58,7 @@ class TokenizeOptions:
     prefix_keys: bool = False
     image_column: str | None = None
     key_column: str | None = None
+    reduced: bool = False
     token_dtype: str | None = None
     codes: bool = False
     workers: int | None = None
@@ -176,7 +178,7 @@ class TokenizeJob:
             loaded.model,
             self._source,
             self._writer,
-            ShortSideCenterCrop(loaded.model.config.image_size),
+            ShortSideCenterCrop(loaded.model.config.image_size, options.reduced),
             query_ids,
             Limits(self._workers, options.max_errors, options.rank, options.world_size),
             batch_size=options.batch_size,
@@ -265,7 +267,7 @@ def _settings(
     return StoreSettings(
         config=config.to_dict(),
         fingerprint=loaded.fingerprint,
-        transform=ShortSideCenterCrop(config.image_size).to_dict(),
+        transform=ShortSideCenterCrop(config.image_size, options.reduced).to_dict(),
         source=source.to_dict(),
         dtype=_token_dtype(loaded.model.dtype, options.token_dtype),
         width=config.generator.hidden_size,

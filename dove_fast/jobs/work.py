@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dove_fast.data import Decoders, EncodedImage, Loaded, Source, Unusable, read_ahead
+from dove_fast.data import Decoders, EncodedImage, Loaded, Source, Transform, Unusable, read_ahead
 from dove_fast.errors import StoreError
 from dove_fast.failures import JobError
 from dove_fast.generation import LengthHistogram, StreamItem, TokenStream
@@ -88,7 +88,7 @@ class Work:
         model: DOVE,
         source: Source,
         writer: StoreWriter,
-        transform: Callable[..., Tensor],
+        transform: Transform,
         queries: Mapping[str, Ids],
         limits: Limits,
         *,

@@ -24,6 +24,7 @@ from dove_fast.config import DOVEConfig
 from dove_fast.errors import StoreError
 from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import METADATA_KEY, TOKEN_DTYPES, read_manifest, records_path, settings_id, tokens_path
+from dove_fast.store.sampling import batches_by_length, shuffled
 
 if TYPE_CHECKING:
     import pyarrow
@@ -162,6 +163,36 @@ class TokenStore:
     def __iter__(self) -> Iterator[TokenRecord]:
         """Iterate over the records in order."""
         return (self[index] for index in range(self._size))
+
+    def shuffled(self, seed: int) -> Iterator[TokenRecord]:
+        """Iterate over all records in an order that `seed` decides, with at most `MAX_OPEN_SHARDS` shards open.
+
+        Shards come in random order, that many at a time, and the records of these in random order.
+        """
+        return (self[index] for index in self._shuffled(seed))
+
+    def _shuffled(self, seed: int) -> Iterator[int]:
+        return shuffled(self._firsts, self._size, window=MAX_OPEN_SHARDS, seed=seed)
+
+    def length_batches(
+        self, *, max_tokens: int | None = None, batch_size: int | None = None, seed: int | None = None
+    ) -> Iterator[list[int]]:
+        """Iterate over batches of indices for `ragged`, of images with similar lengths; every image comes once.
+
+        A batch has at most `max_tokens` tokens in all, and at most `batch_size` images; one of the two is needed.
+        `seed` shuffles images and batches, with at most `MAX_OPEN_SHARDS` shards open; None takes the store's order.
+        Raises `ValueError` for neither, for less than 1, and for `max_tokens` below the longest image's.
+        """
+        if max_tokens is None and batch_size is None:
+            raise ValueError("max_tokens or batch_size must be given")
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        longest = int(self.lengths.max()) if self._size else 0
+        if max_tokens is not None and max_tokens < longest:
+            raise ValueError(f"max_tokens must be at least {longest}, the longest image's, got {max_tokens}")
+        order = range(self._size) if seed is None else list(self._shuffled(seed))
+        return batches_by_length(self.lengths, order, max_tokens=max_tokens, batch_size=batch_size, seed=seed)
 
     def ragged(self, indices: Iterable[int]) -> RaggedTokens:
         """Return the tokens of the images at `indices`, in that order, as `RaggedTokens` on the CPU.

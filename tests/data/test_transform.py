@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dove_fast.data import ShortSideCenterCrop
+from dove_fast.data import ShortSideCenterCrop, decode_image
 
 transform = ShortSideCenterCrop(8)
 
@@ -74,3 +76,30 @@ def test_version_1_gives_the_same_pixels_for_ever():
     pixels = np.stack([x * 8, y * 12, (x + y) * 5], -1).astype(np.uint8)
     # 2.5 source pixels make one: the first is centred at x = 5 + 0.75, where red is 46.
     assert apply(pixels)[:2, :2].tolist() == [[[46, 10, 33], [66, 10, 45]], [[46, 38, 45], [66, 38, 57]]]
+
+
+def test_a_reduced_jpeg_gives_nearly_the_same_pixels(tmp_path):
+    photo = Path(__file__).parents[2] / "examples/photos/coffee.jpg"
+    plain, reduced = ShortSideCenterCrop(64), ShortSideCenterCrop(64, reduced=True)
+    whole, small = decode_image(photo), decode_image(photo, least_side=reduced.least_side)
+    assert (small.width, small.height) == (whole.width, whole.height)
+    assert min(small.image.size) <= min(whole.image.size) // 2
+    assert min(small.image.size) >= 128
+    error = (plain(whole.image).double() - reduced(small.image).double()).square().mean()
+    # Over 35 dB; both are filtered well above what 64 pixels can hold.
+    assert 10 * math.log10(255**2 / error) > 35
+    assert plain.name != reduced.name
+    assert plain.to_dict() == {key: value for key, value in plain.to_dict().items() if key != "least_side"}
+    # Nothing to reduce: the same bits.
+    Image.new("RGB", (70, 65), (9, 99, 200)).save(tmp_path / "x.jpg")
+    small = decode_image(tmp_path / "x.jpg", least_side=128)
+    assert torch.equal(reduced(small.image), plain(decode_image(tmp_path / "x.jpg").image))
+
+
+def test_a_reduced_jpeg_that_lies_on_its_side(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (640, 320)).save(tmp_path / "x.jpg", exif=exif)
+    small = decode_image(tmp_path / "x.jpg", least_side=64)
+    assert (small.width, small.height) == (320, 640)
+    assert small.image.size == (80, 160)

@@ -1,0 +1,90 @@
+"""verify finds a flipped bit anywhere and whatever is missing; drop_units makes room for doing it again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from kill_switch import contents
+from made_stores import fill, settings, write
+
+from dove_fast import StoreError, TokenStore
+from dove_fast.store.claims import Claims
+from dove_fast.store.verify import Damage, drop_units, verify
+from dove_fast.store.writer import StoreWriter
+
+BAD = frozenset({1, 6})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write(tmp_path / "store", bad=BAD)
+
+
+def test_a_whole_store(store):
+    seen = []
+    assert verify(store, on_unit=lambda done, units: seen.append((done, units))) == (3, [])
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("name", ["tokens/00001.safetensors", "records/00001.parquet"])
+def test_every_flipped_bit_is_found(store, name):
+    path = store / name
+    good = path.read_bytes()
+    for place in range(0, len(good), max(len(good) // 40, 1)):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert verify(store) == (3, [Damage(1, name, "its bytes are not those that were written")])
+    path.write_bytes(good)
+    assert verify(store) == (3, [])
+
+
+def test_what_is_missing_or_does_not_belong(store, tmp_path):
+    (store / "tokens/00000.safetensors").unlink()
+    (store / "records/00002.parquet").write_bytes((store / "records/00000.parquet").read_bytes())
+    _, found = verify(store)
+    assert [(damage.unit, damage.file) for damage in found] == [
+        (0, "tokens/00000.safetensors"),
+        (2, "records/00002.parquet"),
+    ]
+    assert found[0].reason == "is missing"
+
+
+def test_a_changed_list_of_errors_is_found(store):
+    (store / "errors.jsonl").write_text("")
+    assert verify(store)[1] == [Damage(None, "errors.jsonl", "is not what the units say")]
+
+
+def test_stores_that_cannot_be_verified(store, tmp_path):
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    with pytest.raises(StoreError, match="was written in format 1, which has no checksums"):
+        verify(store)
+    (store / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(StoreError, match="is not complete"):
+        verify(store)
+    (store / "manifest.json").write_text(json.dumps({**manifest, "shards": manifest["shards"][:2]}))
+    with pytest.raises(StoreError, match="2 shards of 3 units"):
+        verify(store)
+
+
+def test_dropped_units_are_done_again_to_the_same_bytes(store):
+    whole = contents(store)
+    drop_units(store, [0, 2])
+    with pytest.raises(StoreError, match="is not complete"):
+        TokenStore(store)
+    writer = StoreWriter(store, settings(8), {"torch": "test"})
+    assert writer.missing == [0, 2]
+    writer.begin()
+    fill(writer, BAD)
+    writer.finish()
+    assert contents(store) == whole
+
+
+def test_units_of_a_store_that_is_being_written_are_not_dropped(store):
+    held = Claims(store, join=False)
+    with pytest.raises(StoreError, match="is being written"):
+        drop_units(store, [0])
+    held.close()
+    assert verify(store) == (3, [])
