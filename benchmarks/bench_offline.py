@@ -5,7 +5,7 @@
 The pictures are crops of the sample photographs, 256x256 pixels, JPEG of quality 90; the model is the shipped one, on
 the device of --device. The bare stream is `TokenStream` over the same images in memory, already decoded; so the ratio
 is the share of its rate that is left when images are read, decoded and transformed, and tokens, records and checksums
-written and synced. Unlike there, the job's decoding processes compete with the model for the same cores of a CPU. Tokens
+written and synced. Unlike there, the decoding processes compete with the model for the cores of a CPU. Tokens
 are compared before anything is timed.
 
 The script decodes a batch with Pillow, calls `DOVE.tokenize`, and saves each image's tokens with `numpy.save`: no

@@ -185,7 +185,7 @@ def test_exit_2_for_wrong_arguments(arguments, capsys):
     assert "usage: dove-fast" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["tokenize", "reconstruct", "info"])
+@pytest.mark.parametrize("command", ["tokenize", "verify", "reconstruct", "export", "info"])
 def test_help_has_examples_and_exit_codes(command, capsys):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out

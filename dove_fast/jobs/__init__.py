@@ -1,5 +1,6 @@
-"""The jobs behind the command line, callable from Python: tokenize, reconstruct, summaries."""
+"""The jobs behind the command line, callable from Python: tokenize, reconstruct, export, summaries."""
 
+from dove_fast.jobs.export import ExportReport, export
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, summarize_checkpoint, summarize_store
 from dove_fast.jobs.loading import LoadedModel, load_model
 from dove_fast.jobs.metrics import Snapshot
@@ -10,6 +11,7 @@ from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, tokenize
 
 __all__ = [
     "CheckpointSummary",
+    "ExportReport",
     "LoadedModel",
     "Progress",
     "ReconstructReport",
@@ -17,6 +19,7 @@ __all__ = [
     "StoreSummary",
     "TokenizeOptions",
     "TokenizeReport",
+    "export",
     "load_model",
     "read_queries",
     "reconstruct",

@@ -31,8 +31,9 @@ class KeySet:
         once = np.zeros(len(hashes), bool)
         once[firsts] = True
         repeated |= ~once
-        if len(hashes):
-            self._sorted.append(np.sort(hashes))
+        new = hashes[~repeated]
+        if len(new):
+            self._sorted.append(np.sort(new))
         while len(self._sorted) > 1 and len(self._sorted[-2]) <= 2 * len(self._sorted[-1]):
             last = self._sorted.pop()
             self._sorted[-1] = np.sort(np.concatenate([self._sorted[-1], last]), kind="stable")

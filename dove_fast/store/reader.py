@@ -164,6 +164,21 @@ class TokenStore:
         """Iterate over the records in order."""
         return (self[index] for index in range(self._size))
 
+    def codes(self, index: int) -> Tensor:
+        """Return the VQGAN's codes (N,) int64 of the image at `index`, without reading its tokens.
+
+        Raises `ValueError` for a store without codes, `IndexError` and `TypeError` as indexing does.
+        """
+        if not self.has_codes:
+            raise ValueError(
+                f"{self.directory} has no codes; make a store that has them with dove-fast tokenize --codes"
+            )
+        shard, row = self._locate(index)
+        codes = shard.codes(row)
+        if codes is None:
+            raise StoreError(f"{self.directory} has a damaged manifest: it says codes, and a shard has none")
+        return codes
+
     def shuffled(self, seed: int) -> Iterator[TokenRecord]:
         """Iterate over all records in an order that `seed` decides, with at most `MAX_OPEN_SHARDS` shards open.
 

@@ -74,7 +74,10 @@ def test_codes_of_sixteen_bits(tmp_path):
         assert torch.equal(record.codes, codes[index])
         assert torch.equal(record.tokens, rows[index])
     plain, _ = written(tmp_path / "plain")
+    assert torch.equal(store.codes(-1), codes[2])
     assert not plain.has_codes
+    with pytest.raises(ValueError, match="has no codes; dove-fast tokenize --codes"):
+        plain.codes(0)
     assert plain[0].codes is None
 
 
