@@ -65,6 +65,8 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int):
+        raise TypeError(f"shard_size must be an int, got {shard_size!r}")
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     files = FORMATS[format](store, shard_size)

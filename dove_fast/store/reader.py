@@ -24,7 +24,7 @@ from dove_fast.config import DOVEConfig
 from dove_fast.errors import StoreError
 from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import METADATA_KEY, TOKEN_DTYPES, read_manifest, records_path, settings_id, tokens_path
-from dove_fast.store.sampling import batches_by_length, shuffled
+from dove_fast.store.sampling import batches_by_length, windows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -170,9 +170,7 @@ class TokenStore:
         Raises `ValueError` for a store without codes, `IndexError` and `TypeError` as indexing does.
         """
         if not self.has_codes:
-            raise ValueError(
-                f"{self.directory} has no codes; make a store that has them with dove-fast tokenize --codes"
-            )
+            raise ValueError(f"{self.directory} has no codes; dove-fast tokenize --codes makes a store that has them")
         shard, row = self._locate(index)
         codes = shard.codes(row)
         if codes is None:
@@ -184,10 +182,10 @@ class TokenStore:
 
         Shards come in random order, that many at a time, and the records of these in random order.
         """
-        return (self[index] for index in self._shuffled(seed))
+        return (self[index] for window in self._windows(seed) for index in window.tolist())
 
-    def _shuffled(self, seed: int) -> Iterator[int]:
-        return shuffled(self._firsts, self._size, window=MAX_OPEN_SHARDS, seed=seed)
+    def _windows(self, seed: int | None) -> Iterator[np.ndarray]:
+        return windows(self._firsts, self._size, window=MAX_OPEN_SHARDS, seed=seed)
 
     def length_batches(
         self, *, max_tokens: int | None = None, batch_size: int | None = None, seed: int | None = None
@@ -195,7 +193,8 @@ class TokenStore:
         """Iterate over batches of indices for `ragged`, of images with similar lengths; every image comes once.
 
         A batch has at most `max_tokens` tokens in all, and at most `batch_size` images; one of the two is needed.
-        `seed` shuffles images and batches, with at most `MAX_OPEN_SHARDS` shards open; None takes the store's order.
+        `seed` shuffles shards and batches; None takes the store's order. The images of a batch, and of those after it,
+        come from the same `MAX_OPEN_SHARDS` shards, so that each is opened once; from more where these give too few.
         Raises `ValueError` for neither, for less than 1, and for `max_tokens` below the longest image's.
         """
         if max_tokens is None and batch_size is None:
@@ -206,8 +205,8 @@ class TokenStore:
         longest = int(self.lengths.max()) if self._size else 0
         if max_tokens is not None and max_tokens < longest:
             raise ValueError(f"max_tokens must be at least {longest}, the longest image's, got {max_tokens}")
-        order = range(self._size) if seed is None else list(self._shuffled(seed))
-        return batches_by_length(self.lengths, order, max_tokens=max_tokens, batch_size=batch_size, seed=seed)
+        parts = self._windows(seed)
+        return batches_by_length(self.lengths, parts, max_tokens=max_tokens, batch_size=batch_size, seed=seed)
 
     def ragged(self, indices: Iterable[int]) -> RaggedTokens:
         """Return the tokens of the images at `indices`, in that order, as `RaggedTokens` on the CPU.

@@ -41,7 +41,8 @@ def shards(total: int, size: int) -> Iterator[tuple[str, range]]:
 def ends_with(file: BinaryIO, end: bytes) -> bool:
     """Tell whether a file's last bytes are `end`, what its format puts behind everything else."""
     size = file.seek(0, os.SEEK_END)
-    if size < len(end):
+    # Not the end alone: Parquet's stands at the beginning too.
+    if size <= len(end):
         return False
     file.seek(-len(end), os.SEEK_END)
     return file.read() == end

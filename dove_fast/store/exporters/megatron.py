@@ -30,6 +30,8 @@ VERSION = 1
 UINT16_CODE = 8
 ITEM_SIZE = 2
 HEADER = struct.Struct("<9sQBQQ")
+# Entries of the index that are in memory together.
+INDEX_ENTRIES = 1 << 20
 
 
 def megatron_files(store: TokenStore, shard_size: int) -> Iterator[ExportFile]:
@@ -64,6 +66,14 @@ def _write_codes(store: TokenStore, each: int, file: BinaryIO, on_image: OnImage
 
 def _write_index(count: int, each: int, file: BinaryIO, on_image: OnImage) -> None:
     file.write(HEADER.pack(MAGIC, VERSION, UINT16_CODE, count, count + 1))
-    file.write(np.full(count, each, "<i4").data)
-    file.write((np.arange(count, dtype="<i8") * (each * ITEM_SIZE)).data)
-    file.write(np.arange(count + 1, dtype="<i8").data)
+    for part in _ranges(count):
+        file.write(np.full(len(part), each, "<i4").data)
+    for part in _ranges(count):
+        file.write((np.arange(part.start, part.stop, dtype="<i8") * (each * ITEM_SIZE)).data)
+    for part in _ranges(count + 1):
+        file.write(np.arange(part.start, part.stop, dtype="<i8").data)
+
+
+def _ranges(count: int) -> Iterator[range]:
+    for first in range(0, count, INDEX_ENTRIES):
+        yield range(first, min(first + INDEX_ENTRIES, count))

@@ -45,6 +45,8 @@ def _write(store: TokenStore, rows: range, file: BinaryIO, on_image: OnImage) ->
             _add(tar, f"{row:09d}.npy", _npy(token_array(record)))
             if store.has_codes:
                 _add(tar, f"{row:09d}.codes.npy", _npy(code_array(record.key, record.codes)))
+            # tarfile keeps what it wrote in a list: memory would grow with the file.
+            tar.members.clear()  # type: ignore[attr-defined]
             on_image(record.length)
 
 
