@@ -445,7 +445,7 @@ def test_one_process_a_device(tmp_path, photos, dove_fast, checkpoint):
     arguments = ("--shard-size", 2, "--batch-size", 3)
     dove_fast("tokenize", photos, tmp_path / "one", *arguments)
     code, out, err = dove_fast("tokenize", photos, tmp_path / "s", *arguments, "--devices", "cpu,cpu")
-    refused((code, out, err), "goes without --device")
+    refused((code, out, err), "--devices goes without --device")
     code = main(
         [
             *("tokenize", str(photos), str(tmp_path / "s"), "--checkpoint", str(checkpoint)),

@@ -100,6 +100,13 @@ def add(commands: Commands) -> None:
         "--world-size", type=positive, metavar="W", help="of so many jobs; torchrun and srun set both by themselves"
     )
     running.add_argument("--devices", metavar="D,D,..", help="one process a device, such as cuda:0,cuda:1 or cpu,cpu")
+    running.add_argument("--engine", choices=("local", "ray"), default="local", help="(default: local)")
+    running.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one that is started here)"
+    )
+    running.add_argument(
+        "--processes", type=positive, metavar="N", help="of Ray's that tokenize (default: as many as fit)"
+    )
     running.add_argument("--dry-run", action="store_true", help="count the inputs and estimate time and size")
     seen = parser.add_argument_group("what is seen of it")
     seen.add_argument("--metrics", metavar="FILE", help="append a line of JSON with rates every ten seconds")
@@ -115,6 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.devices is not None:
         return _run_on_devices(arguments)
+    if arguments.engine == "ray":
+        return _run_with_ray(arguments)
+    if arguments.ray_address is not None or arguments.processes is not None:
+        raise ValueError("--ray-address and --processes are for --engine ray")
     rank = rank_from(os.environ) if arguments.rank is None and arguments.world_size is None else None
     if rank is not None and arguments.device is None:
         arguments.device = _own_device(rank.local)
@@ -286,18 +297,51 @@ def _say(output: str, report: TokenizeReport) -> int:
     return EXIT_SET_ASIDE if report.errors else EXIT_DONE
 
 
+def _run_with_ray(arguments: argparse.Namespace) -> int:
+    """Let Ray's processes do the work."""
+    import torch
+
+    from dove_fast.jobs import read_queries
+    from dove_fast.jobs.display import progress_bar
+    from dove_fast.jobs.ray_engine import tokenize_with_ray
+
+    _refuse(arguments, "--engine ray", ("rank", "world_size", "dry_run", "metrics", "prometheus"))
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    queries = read_queries(arguments.queries) if arguments.queries is not None else None
+    with progress_bar("tokenize") as on_progress:
+        report = tokenize_with_ray(
+            arguments.input,
+            arguments.output,
+            arguments.checkpoint,
+            _options(arguments, None),
+            device=device,
+            dtype=arguments.dtype,
+            queries=queries,
+            address=arguments.ray_address,
+            processes=arguments.processes,
+            gpus_each=0 if device == "cpu" else 1,
+            on_progress=on_progress,
+        )
+    return _say(arguments.output, report)
+
+
+def _refuse(arguments: argparse.Namespace, option: str, others: tuple[str, ...]) -> None:
+    """Raise `ValueError` for options that have no meaning beside `option`."""
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) not in (None, False)]
+    if given:
+        raise ValueError(f"{option} goes without {', '.join(given)}")
+
+
 def _run_on_devices(arguments: argparse.Namespace) -> int:
     """Start one process a device, and tell when they are done what came of it."""
     from dove_fast.jobs.ranks import run_on_devices
 
     devices = [name.strip() for name in arguments.devices.split(",") if name.strip()]
-    clashing = [
-        f"--{name.replace('_', '-')}"
-        for name in ("device", "rank", "world_size", "dry_run", "metrics", "prometheus")
-        if getattr(arguments, name)
-    ]
-    if not devices or clashing:
-        raise ValueError(f"--devices must name devices, and goes without {', '.join(clashing) or 'an empty list'}")
+    if not devices:
+        raise ValueError("--devices must name devices, such as cuda:0,cuda:1")
+    if arguments.engine == "ray":
+        raise ValueError("--devices goes without --engine ray; see --processes")
+    _refuse(arguments, "--devices", ("device", "rank", "world_size", "dry_run", "metrics", "prometheus"))
     given = list(arguments.argv)
     place = next(i for i, word in enumerate(given) if word.split("=")[0] == "--devices")
     del given[place : place + (1 if "=" in given[place] else 2)]

@@ -1,9 +1,10 @@
-"""Decoding in processes: a worker an own process, and what happens when one dies."""
+"""Decoding in processes: some of them, and what happens when one dies."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from dove_fast.data.load import Loaded, Transform
@@ -31,15 +32,18 @@ class Decoders:
             raise ValueError(f"workers must be at least 0, got {workers}")
         self._transform = transform
         self.workers = workers
-        self._own = threading.local()
         self._lock = threading.Lock()
         self._all: list[DecodeWorker] = []
+        self._idle: list[DecodeWorker] = []
         self.seconds = 0.0
 
     def map(
         self, chunks: Iterable[Item], contents: Callable[[Item], Sequence[str | bytes]], *, depth: int
     ) -> Generator[tuple[Item, list[Loaded | str]], None, None]:
-        """Yield every chunk with its loaded images, or reasons, in order; at most `depth` chunks ahead."""
+        """Yield every chunk with its loaded images, or reasons, in order; at most `depth` chunks ahead.
+
+        Raises `OSError` if a process cannot be started, and `RuntimeError` for an error that is no image's.
+        """
 
         def load(chunk: Item) -> tuple[Item, list[Loaded | str]]:
             return chunk, self._load(contents(chunk))
@@ -53,15 +57,16 @@ class Decoders:
     def _load(self, contents: Sequence[str | bytes]) -> list[Loaded | str]:
         if self.workers == 0 or not contents:
             return self._counted(decode_here(contents, self._transform))
-        try:
-            return self._counted(self._worker().decode(contents))
-        except WorkerDiedError:
-            return [self._alone(content) for content in contents]
+        with self._worker() as worker:
+            try:
+                return self._counted(worker.decode(contents))
+            except WorkerDiedError:
+                return [self._alone(worker, content) for content in contents]
 
-    def _alone(self, content: str | bytes) -> Loaded | str:
+    def _alone(self, worker: DecodeWorker, content: str | bytes) -> Loaded | str:
         for _ in range(TRIES):
             try:
-                return self._counted(self._worker().decode([content]))[0]
+                return self._counted(worker.decode([content]))[0]
             except WorkerDiedError:
                 continue
         return CRASHED
@@ -71,16 +76,24 @@ class Decoders:
             self.seconds += answer[1]
         return answer[0]
 
-    def _worker(self) -> DecodeWorker:
-        # One a calling thread.
-        if not hasattr(self._own, "worker"):
-            self._own.worker = DecodeWorker(self._transform)
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator[DecodeWorker]:
+        # One a thread that loads at the moment, so as many as there are threads at most.
+        with self._lock:
+            if not self._idle:
+                self._idle.append(DecodeWorker(self._transform))
+                self._all += self._idle
+            worker = self._idle.pop()
+        try:
+            yield worker
+        finally:
             with self._lock:
-                self._all.append(self._own.worker)
-        worker: DecodeWorker = self._own.worker
-        return worker
+                self._idle.append(worker)
 
     def close(self) -> None:
         """End the processes."""
+        # All of them first, so that they end at the same time.
+        for worker in self._all:
+            worker.hang_up()
         for worker in self._all:
             worker.close()

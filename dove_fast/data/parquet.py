@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +28,12 @@ class ParquetSource:
 
     Images are encoded, as bytes or, as Hugging Face's `datasets` writes them, in a struct with a field "bytes". The key
     is the key column's text, or the file's name without .parquet, a "/" and the row's number. Other columns pass
-    through, but for bytes. Raises `FileNotFoundError`, and `ValueError` for files that are damaged, have other columns
-    than the first, or no images.
+    through: times as text (in UTC where they have a zone), NaN and infinity as null, without bytes and what cannot be
+    read.
+
+    Set aside with their reason: a row without image or key, one whose key was in the unit before, and rows of a local
+    file that are damaged. Raises `FileNotFoundError`, and `ValueError` for files that cannot be opened as Parquet, have
+    other columns than the first, or no images.
     """
 
     def __init__(self, files: Sequence[str], options: SourceOptions) -> None:
@@ -60,18 +66,21 @@ class ParquetSource:
                 schema, rows = file.schema_arrow, int(file.metadata.num_rows)
         except FileNotFoundError:
             raise FileNotFoundError(f"no such input: {printable(name)}") from None
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, ImportError, pyarrow.ArrowException) as error:
             raise ValueError(f"{printable(name)} is damaged or no Parquet file: {_line(error)}") from None
         if name == self._files[0]:
             self._image = self._found_image(schema, name)
             self._key = self._found_key(schema, name)
-        for column in filter(None, (self._image, self._key)):
-            if column not in schema.names:
-                raise ValueError(f"{printable(name)} has no column {column!r}, which {self._files[0]} has")
+        first = printable(self._files[0])
+        if self._image not in _holding(schema):
+            # One of text would be taken for paths.
+            raise ValueError(f"{printable(name)} has no column {self._image!r} of bytes, which {first} has")
+        if self._key is not None and self._key not in schema.names:
+            raise ValueError(f"{printable(name)} has no column {self._key!r}, which {first} has")
         return rows
 
     def _found_image(self, schema: Any, name: str) -> str:
-        holding = [field.name for field in schema if _holds_bytes(field.type)]
+        holding = _holding(schema)
         wanted = self._options.image_column
         if wanted is not None:
             if wanted not in holding:
@@ -85,10 +94,15 @@ class ParquetSource:
         )
 
     def _found_key(self, schema: Any, name: str) -> str | None:
+        import pyarrow.types as types
+
         wanted = self._options.key_column
         if wanted is not None and wanted not in schema.names:
             raise ValueError(f"{printable(name)} has no column {wanted!r}; it has {schema.names}")
-        return wanted or next((column for column in KEY_COLUMNS if column in schema.names), None)
+        able = [field.name for field in schema if field.name != self._image and not types.is_nested(field.type)]
+        if wanted is not None and wanted not in able:
+            raise ValueError(f"{printable(name)}: column {wanted!r} cannot hold keys; those that can: {able}")
+        return wanted or next((column for column in KEY_COLUMNS if column in able), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and the columns."""
@@ -112,7 +126,7 @@ class ParquetSource:
         return end - first
 
     def read(self, unit: int) -> Iterator[EncodedImage | Unusable]:
-        """Yield a unit's rows. Raises `OSError` for a file that is damaged further on."""
+        """Yield a unit's rows. Raises `OSError` where the medium fails."""
         import pyarrow
 
         number, first, end = self._units[unit]
@@ -120,75 +134,145 @@ class ParquetSource:
         seen: set[str] = set()
         try:
             for row, values in self._between(name, first, end):
-                item = self._row(name, row, values)
-                if item.key in seen:
+                item = values if isinstance(values, Unusable) else self._item(name, row, values)
+                if isinstance(item, EncodedImage) and item.key in seen:
                     item = Unusable(item.key, item.source, "its key comes more than once")
-                seen.add(item.key)
+                if isinstance(item, EncodedImage):
+                    seen.add(item.key)
                 yield item
         except pyarrow.ArrowException as error:
-            raise OSError(f"{printable(name)} is damaged: {_line(error)}") from error
+            if isinstance(error, MemoryError):
+                raise
+            raise OSError(errno.EIO, f"the file is damaged: {_line(error)}", printable(name)) from error
 
-    def _between(self, name: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _between(self, name: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
+        import pyarrow
+
         with _opened(name) as file:
             start = 0
-            groups: list[int] = []
-            row = 0
             for group in range(file.metadata.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if start < end and start + count > first:
-                    if not groups:
-                        row = start
-                    groups.append(group)
-                start += count
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, use_threads=False):
-                if row + batch.num_rows > first:
-                    # Only these rows become Python's objects.
-                    part = batch.slice(max(first - row, 0), end - max(first, row))
-                    yield from enumerate(part.to_pylist(), max(first, row))
-                row += batch.num_rows
-                if row >= end:
-                    return
+                stop = start + file.metadata.row_group(group).num_rows
+                row = max(first, start)
+                if row < min(end, stop):
+                    try:
+                        for values in _rows(file, group, row - start, min(end, stop) - start):
+                            yield row, values
+                            row += 1
+                    except (OSError, pyarrow.ArrowException) as error:
+                        # What the system says comes with a number. A file from elsewhere may be whole the next time.
+                        if isinstance(error, MemoryError) or getattr(error, "errno", None) or URL.match(name):
+                            raise
+                        reason = f"the file is damaged here: {_line(error)}"
+                        for lost in range(row, min(end, stop)):
+                            yield lost, Unusable(f"{_stem(name)}/{lost}", printable(name), reason)
+                start = stop
 
-    def _row(self, name: str, row: int, values: dict[str, Any]) -> EncodedImage | Unusable:
+    def _item(self, name: str, row: int, values: dict[str, Any]) -> EncodedImage | Unusable:
         source = printable(name)
-        key = values.pop(self._key) if self._key is not None else f"{_stem(name)}/{row}"
-        image = values.pop(self._image)
+        place = f"{_stem(name)}/{row}"
+        key = place if self._key is None else _text(values.pop(self._key))
         if key is None:
-            return Unusable(f"{_stem(name)}/{row}", source, "its key is null")
+            return Unusable(place, source, "its key is null, empty or no text")
+        image = values.pop(self._image)
         if isinstance(image, dict):
             image = image.get("bytes")
-        extra = {column: value for column, value in ((c, _json(v)) for c, v in values.items()) if value is not None}
         if not image:
-            return Unusable(str(key), source, "no picture")
-        return EncodedImage(str(key), source, image, extra or None)
+            return Unusable(key, source, "no picture")
+        plain = {column: _plain(value) for column, value in values.items()}
+        extra = {column: value for column, value in plain.items() if value is not None}
+        return EncodedImage(key, source, image, extra or None)
 
 
-def _opened(name: str) -> Any:
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[Any]:
     import pyarrow.parquet
 
-    if not URL.match(name):
-        return pyarrow.parquet.ParquetFile(name, pre_buffer=False)
-    import fsspec
+    with contextlib.ExitStack() as stack:
+        if URL.match(name):
+            import fsspec
 
-    return pyarrow.parquet.ParquetFile(fsspec.open(name, "rb").open(), pre_buffer=False)
+            source = stack.enter_context(fsspec.open(name, "rb"))
+        else:
+            # As bytes, for a file's name need not be UTF-8.
+            source = stack.enter_context(pyarrow.OSFile(os.fsencode(name)))
+        yield stack.enter_context(
+            pyarrow.parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+        )
+
+
+def _rows(file: Any, group: int, first: int, end: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows from `first` to `end` of a row group."""
+    row = 0
+    for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], use_threads=False):
+        if row + batch.num_rows > first:
+            # Only these rows become Python's objects.
+            part = batch.slice(max(first - row, 0), end - max(first, row))
+            columns = [_values(column) for column in part.columns]
+            for values in zip(*columns, strict=True):
+                yield dict(zip(part.schema.names, values, strict=True))
+        row += batch.num_rows
+        if row >= end:
+            return
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a column as Python's objects; None for a text that is not UTF-8, a date beyond Python's, and the like."""
+    import pyarrow
+
+    def value(scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except (ValueError, OverflowError, pyarrow.ArrowInvalid):
+            return None
+
+    try:
+        # Times without Python's limits, and without Pandas and time zones, which are not everywhere the same.
+        if pyarrow.types.is_timestamp(column.type) and column.type.tz is not None:
+            texts = column.cast(pyarrow.timestamp(column.type.unit)).cast(pyarrow.string()).to_pylist()
+            return [text and f"{text}Z" for text in texts]
+        if pyarrow.types.is_temporal(column.type):
+            column = column.cast(pyarrow.string())
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, pyarrow.ArrowInvalid):
+        return [value(scalar) for scalar in column]
+
+
+def _holding(schema: Any) -> list[str]:
+    return [field.name for field in schema if _holds_bytes(field.type)]
 
 
 def _holds_bytes(kind: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return _is_bytes(kind)
 
 
-def _json(value: Any) -> Any:
-    """Return a value as JSON's types, None for what is no text, number, list or mapping, such as bytes."""
-    if isinstance(value, bytes):
-        return None
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _text(key: Any) -> str | None:
+    """Return a key as text, None for one that names nothing."""
     try:
-        return json.loads(json.dumps(value, default=str))
-    except ValueError:
-        return str(value)
+        text = key.decode() if isinstance(key, bytes) else "" if key is None else str(key)
+    except UnicodeDecodeError:
+        return None
+    return text if text.strip("/.") and "\0" not in text else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON's types: mappings without bytes, None for bytes elsewhere, text for what JSON has not."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if not isinstance(item, bytes)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _stem(name: str) -> str:

@@ -58,43 +58,46 @@ class _End:
 def read_ahead(items: Iterable[Item], *, depth: int) -> Generator[Item, None, None]:
     """Yield the items, in order, read by a thread of their own at most `depth` ahead of the consumer.
 
-    What reading them raises is raised at its turn. Closing the generator waits `PATIENCE` seconds
-    at most for the item that is being read.
+    What reading them raises is raised at its turn. Closing the generator closes the one that it reads, and waits
+    `PATIENCE` seconds at most for the item that is being read. Raises `ValueError` unless `depth` is at least 1.
     """
-    waiting: queue.Queue[Item | _End] = queue.Queue(depth)
-    closed = threading.Event()
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    return _read_ahead(items, depth)
 
-    def put(item: Item | _End) -> None:
-        while not closed.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            break
+
+def _read_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
+    waiting: queue.SimpleQueue[Item | _End] = queue.SimpleQueue()
+    room = threading.Semaphore(depth)
+    closed = threading.Event()
 
     def read() -> None:
         error: BaseException | None = None
-        iterator = iter(items)
         try:
-            for item in iterator:
-                put(item)
-                if closed.is_set():
-                    break
+            iterator = iter(items)
+            try:
+                # Before an item is read, not before it is passed on: it takes memory from then.
+                while room.acquire() and not closed.is_set():
+                    waiting.put(next(iterator))
+            except StopIteration:
+                pass
+            finally:
+                # In this thread, as generators are not passed on in the middle of a step.
+                if isinstance(iterator, Generator):
+                    iterator.close()
         except BaseException as raised:
             error = raised
-        finally:
-            # In this thread, as generators are not passed on in the middle of a step.
-            if isinstance(iterator, Generator):
-                iterator.close()
-        put(_End(error))
+        waiting.put(_End(error))
 
     thread = threading.Thread(target=read, name="dove-fast-read", daemon=True)
     thread.start()
     try:
         while not isinstance(item := waiting.get(), _End):
+            room.release()
             yield item
         if item.error is not None:
             raise item.error
     finally:
         closed.set()
+        room.release()
         thread.join(PATIENCE)

@@ -7,8 +7,10 @@ import errno
 import itertools
 import json
 import os
+import signal
 import subprocess
 import tarfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
@@ -26,6 +28,10 @@ __all__ = ["MAX_IMAGE_BYTES", "ShardSource"]
 MAX_IMAGE_BYTES = 1 << 28
 # What comes with a picture and is larger is not passed through.
 MAX_EXTRA_BYTES = 1 << 20
+# Brackets in brackets: what is nested deeper may be read and then not written.
+MAX_EXTRA_DEPTH = 64
+# Seconds for a command to end whose output has ended.
+PATIENCE = 5.0
 
 
 class ShardSource:
@@ -34,7 +40,7 @@ class ShardSource:
     Files that are one after the other in a shard and have the same path up to the first dot of the base name are one
     sample. Its key is that path, with `prefix_keys` behind the shard's name and a "/"; its picture the one file with an
     ending of `SUFFIXES`. The others pass through by their endings: json as what it holds, others as text where they are
-    UTF-8, up to `MAX_EXTRA_BYTES`; what is neither is left out.
+    UTF-8, up to `MAX_EXTRA_BYTES`; what is neither is left out. NaN and infinity in json become null.
 
     Set aside with their reason: a sample without a picture or with several, one whose key leads out of its folder or
     was in the shard before, and what lies behind damage in a local shard. A "pipe:" command that fails, and a medium
@@ -74,27 +80,42 @@ class ShardSource:
         shard = self._shards[unit]
         source = printable(shard)
         seen: set[str] = set()
+        damage: list[tarfile.TarError] = []
         with _opened(shard) as file:
             try:
                 with open_tar(file) as archive:
-                    for name, files in itertools.groupby(members(archive, file), key=lambda file: file.name):
+                    whole = _until_damage(members(archive, file), damage)
+                    for name, files in itertools.groupby(whole, key=lambda file: file.name):
                         key = f"{_name(shard)}/{printable(name)}" if self._prefix else printable(name)
                         sample = _sample(archive, key, source, files)
+                        if damage and isinstance(sample, Unusable):
+                            # What it lacks may lie behind the damage.
+                            break
                         if key in seen:
                             sample = Unusable(key, source, "its key comes more than once in the shard")
                         seen.add(key)
                         yield sample
-            except (tarfile.TarError, OverflowError) as error:
-                if isinstance(file, ForwardFile):
-                    # A stream that ended early may be whole the next time.
-                    raise OSError(errno.EIO, f"the stream {what_is_wrong(file, error)}", shard) from error
-                yield Unusable(_name(shard), source, f"the shard {what_is_wrong(file, error)}")
+            except tarfile.TarError as error:
+                damage.append(error)
+            if damage and isinstance(file, ForwardFile):
+                # A stream that ended early may be whole the next time.
+                raise OSError(errno.EIO, f"the stream {what_is_wrong(file, damage[0])}", source) from damage[0]
+            if damage:
+                yield Unusable(_name(shard), source, f"the shard {what_is_wrong(file, damage[0])}")
+
+
+def _until_damage(found: Iterable[Member], damage: list[tarfile.TarError]) -> Iterator[Member]:
+    """Yield members up to damage, and put that into `damage`: raised here, it would cost the sample before it."""
+    try:
+        yield from found
+    except tarfile.TarError as error:
+        damage.append(error)
 
 
 def _name(shard: str) -> str:
-    """Return a shard's name: the base name without .tar, a pipe's command as it is."""
+    """Return a shard's name: the base name without .tar, of a pipe the command, which is no path."""
     if shard.startswith(PIPE):
-        return printable(shard)
+        return printable(shard).replace("/", "_")
     path = shard.split("?")[0] if URL.match(shard) else shard
     return printable(os.path.basename(path).removesuffix(".tar"))
 
@@ -110,8 +131,11 @@ def _opened(shard: str) -> Iterator[IO[bytes] | ForwardFile]:
 
         try:
             opened = fsspec.open(shard, "rb").open()
-        except (ImportError, ValueError) as error:
-            raise OSError(errno.EINVAL, f"cannot be opened: {error}", shard) from error
+        except OSError:
+            raise
+        except Exception as error:
+            # No such protocol, a package that is missing, and what the libraries for the network raise.
+            raise OSError(errno.EINVAL, f"cannot be opened: {type(error).__name__}: {error}", shard) from error
         with opened as stream:
             yield ForwardFile(stream)
     else:
@@ -121,20 +145,47 @@ def _opened(shard: str) -> Iterator[IO[bytes] | ForwardFile]:
 
 @contextlib.contextmanager
 def _piped(command: str) -> Iterator[ForwardFile]:
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    # A group of its own, for the shell may have started others.
+    with subprocess.Popen(
+        command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         if process.stdout is None:
             raise OSError(errno.EPIPE, "no output to read", command)
+        # Also at the interpreter's exit, when a thread may still be waiting for output.
+        kill = weakref.finalize(process, _kill_group, process.pid)
         stream = ForwardFile(process.stdout)
+        failed = "the command ended with exit code"
         try:
             yield stream
+        except OSError as error:
+            # If the command failed, that is why its output is not whole.
+            code = _exit_code(process) if stream.ended else None
+            kill()
+            if code:
+                raise OSError(errno.EIO, f"{failed} {code}", printable(PIPE + command)) from error
+            raise
         except BaseException:
-            process.kill()
+            kill()
             raise
         # What follows the archive, so that the command can end.
         while process.stdout.read(1 << 16):
             pass
-        if process.wait():
-            raise OSError(errno.EIO, f"the command ended with exit code {process.returncode}", PIPE + command)
+        code = process.wait()
+        kill.detach()
+        if code:
+            raise OSError(errno.EIO, f"{failed} {code}", printable(PIPE + command))
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _sample(archive: tarfile.TarFile, key: str, source: str, files: Iterable[Member]) -> EncodedImage | Unusable:
@@ -166,15 +217,22 @@ def _sample(archive: tarfile.TarFile, key: str, source: str, files: Iterable[Mem
 def _passed_through(ending: str, data: bytes) -> Any:
     try:
         text = data.decode("utf-8-sig")
-        # A surrogate in JSON's escapes could not be written again.
-        text.encode()
         if not ending.endswith(".json"):
             return text
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
-        return value
+        value = json.loads(text, parse_constant=lambda _: None)
+        # Half a surrogate pair, from an escape, could not be written again.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return None if _deeper(value, MAX_EXTRA_DEPTH) else value
     except (ValueError, RecursionError):
         return None
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Tell whether lists and mappings are in one another more than `depth` times."""
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_deeper(item, depth - 1) for item in items)
 
 
 def _leads_out(key: str) -> bool:

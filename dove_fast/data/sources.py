@@ -135,7 +135,8 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions | None = 
     """Find out what `source` stands for.
 
     - WebDataset shards: a .tar file; a text with ranges, "train-{000..146}.tar"; a pattern, "shards/*.tar"; a folder
-      that holds .tar files; "pipe:command", whose output is a shard; a URL that fsspec opens; or a text file of these.
+      that holds .tar files; "pipe:command", whose output is a shard; a URL that fsspec opens; or a text file of these,
+      but for folders.
     - Parquet files with a column of images: the same, ending in .parquet, but for "pipe:".
     - Anything else is what `list_inputs` makes of it: an image, a folder of images, a text file of paths.
 
@@ -146,24 +147,29 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions | None = 
     text = os.fspath(source)
     shards = _shards(text)
     if shards is None:
-        _refuse("are for Parquet files", image_column=options.image_column, key_column=options.key_column)
-        _refuse("is for WebDataset shards", prefix_keys=options.prefix_keys)
-        return FileSource(list_inputs(text), options.shard_size)
+        _refuse("Parquet files", image_column=options.image_column, key_column=options.key_column)
+        _refuse("WebDataset shards", prefix_keys=options.prefix_keys)
+        inputs = list_inputs(text)
+        strange = next((item.key for item in inputs if _kind(item.path)), None)
+        if strange is not None:
+            raise ValueError(f"{printable(text)} lists images, but also {strange!r}; list one kind")
+        return FileSource(inputs, options.shard_size)
     if all(_kind(shard) == PARQUET for shard in shards):
         from dove_fast.data.parquet import ParquetSource
 
-        _refuse("is for WebDataset shards", prefix_keys=options.prefix_keys)
+        _refuse("WebDataset shards", prefix_keys=options.prefix_keys)
         return ParquetSource(shards, options)
     from dove_fast.data.shards import ShardSource
 
-    _refuse("are for Parquet files", image_column=options.image_column, key_column=options.key_column)
+    _refuse("Parquet files", image_column=options.image_column, key_column=options.key_column)
     return ShardSource(shards, prefix_keys=options.prefix_keys)
 
 
 def _refuse(what: str, **options: object) -> None:
     given = [name for name, value in options.items() if value]
     if given:
-        raise ValueError(f"{' and '.join(given)} {what}, which the input has none of")
+        verb = "is" if len(given) == 1 else "are"
+        raise ValueError(f"{' and '.join(given)} {verb} for {what}, which the input has none of")
 
 
 def _kind(text: str) -> str | None:
@@ -216,7 +222,8 @@ def _listed(path: str) -> list[str] | None:
     first = next((line for line in lines if line and not line.startswith("#")), "")
     if b"\0" in start or _kind(first) is None:
         return None
-    with open(path, encoding="utf-8-sig") as text:
+    # As list_inputs reads a list: names need not be UTF-8, and only "\n" ends a line.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as text:
         names = [line.strip() for line in text if line.strip() and not line.strip().startswith("#")]
     strange = [name for name in names if _kind(name) != _kind(first)]
     if strange:
@@ -230,19 +237,21 @@ def _expanded(text: str, folder: str = "") -> Iterator[str]:
     if text.startswith(PIPE) or URL.match(text):
         yield from expand_ranges(text)
         return
-    path = os.path.join(folder, text)
     # A file may have braces or stars in its name.
-    if os.path.exists(path):
-        yield path
+    if os.path.isfile(os.path.join(folder, text)):
+        yield os.path.join(folder, text)
         return
-    for name in expand_ranges(path):
-        if os.path.isfile(name):
-            yield name
+    for name in expand_ranges(text):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            yield path
             continue
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else []
-        if not matches:
-            raise FileNotFoundError(f"no such input: {printable(name)}")
-        yield from matches
+        # Not the folder's name, which may have brackets.
+        matches = sorted(glob.glob(name, root_dir=folder or None)) if glob.has_magic(name) else []
+        found = [file for file in (os.path.join(folder, match) for match in matches) if os.path.isfile(file)]
+        if not found:
+            raise FileNotFoundError(f"no such input{' file' * os.path.exists(path)}: {printable(path)}")
+        yield from found
 
 
 def expand_ranges(text: str) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import tarfile
@@ -26,6 +28,8 @@ COMPRESSED = {
 }
 # Enough to go back to the header that was read last, and to the start of a short archive.
 HISTORY = 1 << 16
+# What is asked of a stream at once: a damaged size must not become that much memory.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Member:
 
 
 class ForwardFile:
-    """A stream that cannot seek (a pipe, a download) as a file that can, a little back and any way forward."""
+    """A stream that cannot seek (a pipe, a download) as a file that can, a little back and any way forward.
+
+    `ended`: whether its end was met. Whatever the stream raises comes as `OSError`.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._history = bytearray()
         self._end = 0
         self._at = 0
+        self.ended = False
 
     def tell(self) -> int:
         """Return the position."""
@@ -66,10 +74,8 @@ class ForwardFile:
         if self._at < self._end:
             first = len(self._history) - (self._end - self._at)
             parts.append(bytes(self._history[first : first + size]))
-        elif self._at > self._end:
-            return b""
         missing = size - sum(map(len, parts))
-        while missing > 0 and (part := self._fill(missing)):
+        while missing > 0 and (part := self._fill(min(missing, PIECE))):
             parts.append(part)
             missing -= len(part)
         result = b"".join(parts)
@@ -77,7 +83,14 @@ class ForwardFile:
         return result
 
     def _fill(self, size: int) -> bytes:
-        part = self._stream.read(size)
+        try:
+            part = self._stream.read(size)
+        except OSError:
+            raise
+        except Exception as error:
+            # File systems on a network raise what their libraries do.
+            raise OSError(errno.EIO, f"reading failed: {type(error).__name__}: {error}") from error
+        self.ended = not part
         self._end += len(part)
         self._history += part[-HISTORY:]
         del self._history[:-HISTORY]
@@ -86,7 +99,19 @@ class ForwardFile:
 
 def open_tar(file: IO[bytes] | ForwardFile) -> tarfile.TarFile:
     """Open an uncompressed archive. Raises `tarfile.TarError`; `what_is_wrong` then says it in words."""
-    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # type: ignore[call-overload]
+    with _as_tar_error():
+        return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def _as_tar_error() -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, OSError):
+        raise
+    except (ValueError, OverflowError) as error:
+        # Numbers and texts in extended headers, and sizes beyond any file's.
+        raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
 
 
 def what_is_wrong(file: IO[bytes] | ForwardFile, error: Exception) -> str:
@@ -109,7 +134,7 @@ def members(archive: tarfile.TarFile, file: IO[bytes] | ForwardFile) -> Iterator
     Raises `tarfile.TarError` if `file` does not hold all of them, or does not end as an archive ends.
     """
     length = None if isinstance(file, ForwardFile) else os.fstat(file.fileno()).st_size
-    while (header := archive.next()) is not None:
+    while (header := _next(archive)) is not None:
         # The archive would keep every header that it has read.
         archive.members.clear()  # type: ignore[attr-defined]
         if header.issparse():
@@ -123,6 +148,11 @@ def members(archive: tarfile.TarFile, file: IO[bytes] | ForwardFile) -> Iterator
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"neither a file's header nor the end of an archive at byte {archive.offset}")
+
+
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _as_tar_error():
+        return archive.next()
 
 
 def content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> IO[bytes]:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dove_fast.data.load import Loaded, Transform, load_image
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["DecodeWorker", "WorkerDiedError", "decode_here"]
 
 # Seconds for a worker to end by itself once its pipe is closed.
 PATIENCE = 5.0
+# How often a process may die before it can do anything, which is no image's fault.
+STARTS = 3
 
 
 class WorkerDiedError(Exception):
@@ -42,8 +42,9 @@ class DecodeWorker:
     """A process of its own that loads images with `transform`, one request after the other.
 
     It is a fresh interpreter, started at the first request, so neither threads nor a GPU's state are forked and the
-    caller's main module is not imported. It holds no more than one request's images, ignores Ctrl-C, which is the
-    caller's to handle, and ends when the caller does, however that happens.
+    caller's main module is not imported; Pillow's limits are those that hold here then. It holds no more than one
+    request's images, ignores Ctrl-C, which is the caller's to handle, and ends when the caller does, however that
+    happens.
     """
 
     def __init__(self, transform: Transform) -> None:
@@ -52,34 +53,65 @@ class DecodeWorker:
         self._pipe: Connection | None = None
 
     def decode(self, contents: Sequence[str | bytes]) -> tuple[list[Loaded | str], float]:
-        """Return what `decode_here` would. Raises `WorkerDiedError`; the next request starts a new process."""
+        """Return what `decode_here` would.
+
+        Raises `WorkerDiedError`, after which the next request starts a new process; `OSError` if none starts;
+        `RuntimeError`, with the trace, for what `decode_here` raised there.
+        """
+        pipe = self._pipe or self._start()
         try:
-            pipe = self._pipe or self._start()
             pipe.send(list(contents))
-            answers, seconds = pipe.recv()
+            answer = pipe.recv()
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             code = self.close()
             raise WorkerDiedError(f"the decoding process ended with exit code {code}") from error
-        return [answer if isinstance(answer, str) else _loaded(*answer) for answer in answers], seconds
+        if isinstance(answer, str):
+            raise RuntimeError(f"an error in the decoding process that is no image's: {answer}")
+        answers, seconds = answer
+        return [item if isinstance(item, str) else _loaded(*item) for item in answers], seconds
 
     def _start(self) -> Connection:
+        settings = pickle.dumps((self._transform, _pillow_limits()))
+        code: int | None = None
+        for _ in range(STARTS):
+            pipe = self._started()
+            try:
+                pipe.send_bytes(settings)
+                pipe.recv()
+                return pipe
+            except (EOFError, OSError):
+                code = self.close()
+        reason = f"the decoding process ended {STARTS} times while it started, the last time with exit code {code}"
+        raise OSError(errno.ECHILD, reason)
+
+    def _started(self) -> Connection:
         ours, theirs = Pipe()
         # The same modules as here, wherever this process has them from.
         command = (
-            f"import sys; sys.path[:] = {sys.path!r}; from dove_fast.data.worker import serve; serve({theirs.fileno()})"
+            f"import sys; sys.path[:] = {[*map(str, sys.path)]!r}; "
+            f"from dove_fast.data.worker import serve; serve({theirs.fileno()})"
         )
-        self._process = subprocess.Popen([sys.executable, "-c", command], pass_fds=[theirs.fileno()])
-        theirs.close()
+        with theirs:
+            # Out of the terminal's reach: Ctrl-C would come to it before it can ignore it.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
         self._pipe = ours
-        ours.send(self._transform)
         return ours
+
+    def hang_up(self) -> None:
+        """Let the process end, without waiting for it."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
 
     def close(self) -> int | None:
         """End the process; returns its exit code, None where there was none."""
-        pipe, process = self._pipe, self._process
-        self._pipe = self._process = None
-        if pipe is not None:
-            pipe.close()
+        self.hang_up()
+        process, self._process = self._process, None
         if process is None:
             return None
         try:
@@ -98,18 +130,40 @@ def _plain(loaded: Loaded | str) -> tuple[np.ndarray, int, int] | str:
     return loaded if isinstance(loaded, str) else (loaded.pixels.numpy(), loaded.width, loaded.height)
 
 
+def _pillow_limits() -> tuple[int | None, bool]:
+    from PIL import Image, ImageFile
+
+    return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def _answered(
+    contents: Sequence[str | bytes], transform: Transform
+) -> tuple[list[tuple[np.ndarray, int, int] | str], float] | str:
+    try:
+        loaded, seconds = decode_here(contents, transform)
+        return [_plain(item) for item in loaded], seconds
+    except MemoryError:
+        # As if the system had ended this process: alone, an image may have enough.
+        raise
+    except Exception:
+        return traceback.format_exc()
+
+
 def serve(handle: int) -> None:
     """Answer the requests that come over the pipe with this handle, until it is closed."""
+    from PIL import Image, ImageFile
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     # What cannot be used is set aside with its reason, so that Pillow need not say it too.
     warnings.simplefilter("ignore")
     pipe = Connection(handle)
     try:
-        transform = pipe.recv()
+        transform, (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) = pipe.recv()
+        # Ready: what ends this process from here on may be an image.
+        pipe.send(None)
         while True:
-            answers, seconds = decode_here(pipe.recv(), transform)
-            pipe.send(([_plain(answer) for answer in answers], seconds))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The caller is gone, or done; nothing of this process is worth an orderly end.
+            pipe.send(_answered(pipe.recv(), transform))
+    except (EOFError, OSError):
+        # The caller is gone, in the middle of a request perhaps, or done; nothing here is worth an orderly end.
         os._exit(0)

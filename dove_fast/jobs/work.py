@@ -108,7 +108,8 @@ class Work:
         self._on_snapshot = on_snapshot
         self._on_image = on_image
         self._settings = writer.settings
-        self._keys = KeySet()
+        # Of the units that were looked at for keys that come twice.
+        self._keys, self._known = KeySet(), set[int]()
         # Of the unit in hand: what was set aside, and how many images have tokens.
         self._set_aside: list[InputError] = []
         self._written = 0
@@ -140,9 +141,8 @@ class Work:
             raise
         self._writer.refresh()
         if not self._writer.missing:
-            if self._limits.world_size > 1 and not self._source.unique_keys:
-                self._keys = KeySet()
-                self._learn_keys()
+            # Those of the units that others did meanwhile.
+            self._learn_keys()
             self._writer.finish()
         self._count()
         self._report()
@@ -157,10 +157,11 @@ class Work:
     def _learn_keys(self) -> None:
         if self._source.unique_keys or self._settings.units == 1:
             return
-        for unit, keys in self._writer.done_keys():
+        for unit, keys in self._writer.done_keys(but=self._known):
             self._check_keys(unit, keys)
 
     def _check_keys(self, unit: int, keys: Sequence[str]) -> None:
+        self._known.add(unit)
         repeated = self._keys.add(keys)
         if repeated is not None:
             raise StoreError(

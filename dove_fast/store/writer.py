@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -224,9 +224,9 @@ class StoreWriter:
         config = DOVEConfig.from_dict(self.settings.config)
         return config.num_features if self.settings.codes else None
 
-    def done_keys(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield each unit that is done with its keys. Raises `StoreError` for damaged records."""
-        for index in sorted(self._units):
+    def done_keys(self, *, but: Set[int] = frozenset()) -> Iterator[tuple[int, list[str]]]:
+        """Yield each unit that is done, but for some, with its keys. Raises `StoreError` for damaged records."""
+        for index in sorted(self._units.keys() - but):
             yield index, read_table(records_path(self.directory, index), ["key"]).column("key").to_pylist()
 
     def write_errors(self, pending: Sequence[InputError] = ()) -> None:
@@ -244,6 +244,9 @@ class StoreWriter:
         """Write errors.jsonl, then the manifest that says complete. Every unit must be done."""
         if self.missing:
             raise StoreError(f"{self.directory} cannot be completed: units {self.missing} are not done")
+        # All units are done, so nobody has one in hand: this is what jobs left that were killed beside others.
+        for folder in ("tokens", "records"):
+            remove_temporaries(self.directory / folder)
         self.write_errors()
         self._write_manifest(complete=True)
         self.complete = True

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dove_fast.data import prefetch
+from dove_fast.data import prefetch, read_ahead
 
 
 def test_results_come_in_order_whatever_takes_longest():
@@ -69,3 +69,169 @@ def test_no_items():
 def test_counts_below_one_are_refused(workers, depth):
     with pytest.raises(ValueError, match="workers and depth must be at least 1"):
         prefetch(str, [], workers=workers, depth=depth)
+
+
+def ended(name: str = "dove-fast-read", seconds: float = 5) -> bool:
+    """Wait until no thread of this name is left."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not [thread for thread in threading.enumerate() if thread.name == name]:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("depth", [1, 2, 100])
+def test_what_is_read_ahead_comes_in_order(depth):
+    assert list(read_ahead(range(50), depth=depth)) == list(range(50))
+    assert list(read_ahead([], depth=depth)) == []
+    assert list(read_ahead([None, False, [], None], depth=depth)) == [None, False, [], None]
+    assert ended()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_more_than_depth_items_are_read_ahead(depth):
+    taken = 0
+
+    def items():
+        nonlocal taken
+        for item in range(20):
+            taken += 1
+            yield item
+
+    most = 0
+    for item in read_ahead(items(), depth=depth):
+        time.sleep(0.01)
+        # This one is in hand, not ahead.
+        most = max(most, taken - (item + 1))
+    assert most == depth
+
+
+def test_nothing_is_read_before_somebody_asks():
+    read = []
+    stream = read_ahead(map(read.append, range(5)), depth=3)
+    time.sleep(0.05)
+    assert read == []
+    stream.close()
+    assert read == [] and ended()
+
+
+def test_items_are_read_while_the_consumer_works():
+    third = threading.Event()
+
+    def items():
+        yield from (0, 1)
+        third.set()
+        yield 2
+
+    stream = read_ahead(items(), depth=2)
+    assert next(stream) == 0
+    assert third.wait(10)
+    assert list(stream) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [KeyError("three"), KeyboardInterrupt("three"), OSError(5, "three")])
+def test_an_error_of_reading_is_raised_at_its_turn(error):
+    def items():
+        yield from range(3)
+        raise error
+
+    stream = read_ahead(items(), depth=10)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(type(error), match="three") as raised:
+        next(stream)
+    assert raised.value is error
+    assert list(stream) == []
+    assert ended()
+
+
+def test_an_error_before_the_first_item():
+    with pytest.raises(TypeError, match="not iterable"):
+        next(read_ahead(5, depth=1))
+
+    def items():
+        raise ValueError("at once")
+        yield
+
+    with pytest.raises(ValueError, match="at once"):
+        list(read_ahead(items(), depth=1))
+    assert ended()
+
+
+@pytest.mark.parametrize("read", [0, 1, 4])
+def test_closing_early_closes_what_is_read_in_the_thread_that_reads_it(read):
+    closed_in = []
+
+    def items():
+        try:
+            yield from range(1000)
+        finally:
+            closed_in.append(threading.current_thread().name)
+
+    source = items()
+    stream = read_ahead(source, depth=2)
+    for _ in range(read + 1):
+        next(stream)
+    stream.close()
+    assert closed_in == ["dove-fast-read"] and ended()
+    assert list(source) == [] and list(stream) == []
+
+
+def test_an_error_in_the_consumer_closes_what_is_read():
+    closed = threading.Event()
+
+    def items():
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    def consume():
+        for item in read_ahead(items(), depth=2):
+            if item == 3:
+                raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        consume()
+    assert closed.wait(5) and ended()
+
+
+def test_closing_while_an_item_is_awaited_returns_and_the_thread_ends_later():
+    go_on, closed = threading.Event(), threading.Event()
+
+    def items():
+        try:
+            yield 0
+            go_on.wait(60)
+            yield 1
+        finally:
+            closed.set()
+
+    stream = read_ahead(items(), depth=2)
+    assert next(stream) == 0
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 4
+    assert not closed.is_set()
+    go_on.set()
+    assert closed.wait(5) and ended()
+
+
+def test_an_error_while_closing_is_not_printed(capfd):
+    def items():
+        try:
+            yield from range(10)
+        finally:
+            raise OSError("too late")
+
+    stream = read_ahead(items(), depth=1)
+    next(stream)
+    stream.close()
+    assert ended()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_depth_below_one_is_refused_at_once():
+    for depth in (0, -1):
+        with pytest.raises(ValueError, match=f"depth must be at least 1, got {depth}"):
+            read_ahead([], depth=depth)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -15,9 +17,11 @@ from made_pictures import add_bad
 from made_shards import pictures, write_parquet, write_shards
 
 from dove_fast import StoreError, TokenStore
+from dove_fast.atomic import is_temporary
 from dove_fast.data import ShortSideCenterCrop, decode_image
 from dove_fast.failures import JobError
 from dove_fast.jobs import TokenizeOptions, tokenize
+from dove_fast.jobs.tokenize import TokenizeJob
 
 OPTIONS = TokenizeOptions(batch_size=3, shard_size=4, workers=0)
 
@@ -122,6 +126,49 @@ def test_keys_that_come_again_are_found_by_the_last_of_several_jobs(tmp_path, ph
         tokenize(tmp_path / "shards", tmp_path / "s", loaded, replace(OPTIONS, rank=0, world_size=2))
     with pytest.raises(StoreError, match="not complete"):
         TokenStore(tmp_path / "s")
+
+
+JOINING = replace(OPTIONS, join=True)
+
+
+def test_a_job_that_runs_twice_does_not_take_its_own_keys_for_repeated_ones(tmp_path, photos, loaded):
+    write_shards(tmp_path / "shards", photos)
+    job = TokenizeJob(tmp_path / "shards", tmp_path / "s", loaded, JOINING)
+    for unit in range(3):
+        job.run([unit])
+    job.close()
+    assert job.report().complete
+
+
+SECOND = """
+import sys
+from dove_fast.jobs import TokenizeOptions, load_model
+from dove_fast.jobs.tokenize import TokenizeJob
+
+shards, store, model = sys.argv[1:]
+options = TokenizeOptions(batch_size=3, workers=0, join=True)
+TokenizeJob(shards, store, load_model(model, device="cpu"), options).run([1])
+"""
+
+
+def test_jobs_that_join_find_a_key_that_each_has_once(tmp_path, photos, loaded):
+    write_shards(tmp_path / "shards", photos, size=5, restart=True)
+    loaded.model.save_pretrained(tmp_path / "model")
+    job = TokenizeJob(tmp_path / "shards", tmp_path / "s", loaded, JOINING)
+    job.begin()
+    subprocess.run([sys.executable, "-c", SECOND, tmp_path / "shards", tmp_path / "s", tmp_path / "model"], check=True)
+    with pytest.raises(StoreError, match="came before, and a store's keys must be unique"):
+        job.run([0])
+    job.close()
+
+
+def test_what_a_killed_job_left_beside_others_is_gone_at_the_end(tmp_path, photos, loaded):
+    job = TokenizeJob(photos, tmp_path / "s", loaded, JOINING)
+    job.begin()
+    (tmp_path / "s/tokens/.dove-0123456789abcdef.tmp").write_bytes(b"begun")
+    job.run()
+    job.close()
+    assert not [path for path in (tmp_path / "s").rglob("*") if is_temporary(path.name)]
 
 
 def test_damaged_shards_cost_what_is_damaged(tmp_path, photos, loaded):
