@@ -10,6 +10,7 @@ from small_models import micro_model
 
 import dove_fast
 from dove_fast import cli, native
+from dove_fast.commands.options import load
 
 # Prints how many pages were faulted in by 20 tensors of 64 MiB, each freed before the next, with and without.
 COUNT_FAULTS = """
@@ -71,5 +72,5 @@ def test_commands_call_it_where_they_can(monkeypatch, tmp_path, missing):
     monkeypatch.setattr(native, "why_no_native", lambda: "not here" if missing else None)
     micro_model().save_pretrained(tmp_path)
     arguments = cli._parser().parse_args(["tokenize", "in", "out", "--checkpoint", str(tmp_path), "--device", "cpu"])
-    cli._load(arguments)
+    load(arguments)
     assert len(calls) == (0 if missing else 1)

@@ -250,7 +250,8 @@ def _expanded(text: str, folder: str = "") -> Iterator[str]:
         matches = sorted(glob.glob(name, root_dir=folder or None)) if glob.has_magic(name) else []
         found = [file for file in (os.path.join(folder, match) for match in matches) if os.path.isfile(file)]
         if not found:
-            raise FileNotFoundError(f"no such input{' file' * os.path.exists(path)}: {printable(path)}")
+            what = "input file" if os.path.exists(path) else "input"
+            raise FileNotFoundError(f"no such {what}: {printable(path)}")
         yield from found
 
 

@@ -158,20 +158,28 @@ def test_an_error_before_the_first_item():
     assert ended()
 
 
-@pytest.mark.parametrize("read", [0, 1, 4])
-def test_closing_early_closes_what_is_read_in_the_thread_that_reads_it(read):
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("read", [1, 2, 5])
+def test_closing_early_closes_what_is_read_in_the_thread_that_reads_it(read, waits):
     closed_in = []
+    ahead = threading.Event()
 
     def items():
         try:
-            yield from range(1000)
+            for item in range(1000):
+                if item == read + 1:
+                    ahead.set()
+                yield item
         finally:
             closed_in.append(threading.current_thread().name)
 
     source = items()
     stream = read_ahead(source, depth=2)
-    for _ in range(read + 1):
-        next(stream)
+    assert [next(stream) for _ in range(read)] == list(range(read))
+    if waits:
+        # Until it has read as much as it may.
+        assert ahead.wait(10)
+        time.sleep(0.05)
     stream.close()
     assert closed_in == ["dove-fast-read"] and ended()
     assert list(source) == [] and list(stream) == []
