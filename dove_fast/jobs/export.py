@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dove_fast.atomic import is_temporary, make_directory, remove_temporaries, replacing
+from dove_fast.atomic import make_directory, remove_temporaries, replacing
 from dove_fast.failures import stopping
+from dove_fast.jobs.notice import NOTICE_NAME, check_output
 from dove_fast.jobs.progress import OnProgress, Progress
-from dove_fast.jobs.reconstruct import NOTICE_NAME
 from dove_fast.store.exporters import ExportFile
 from dove_fast.store.exporters.megatron import megatron_files
 from dove_fast.store.exporters.table import arrow_files, parquet_files
@@ -79,7 +78,12 @@ def export(
         "format": format,
         "shard_size": None if format == "megatron" else shard_size,
     }
-    _check_output(target, notice)
+    check_output(
+        target,
+        notice,
+        holds_none="no export of a store",
+        holds_other="what was made of another store, or in another format or shard size",
+    )
     start = time.perf_counter()
     written = 0
     counter = _Counter(len(store), on_progress)
@@ -97,24 +101,6 @@ def export(
             written += 1
             counter.show()
     return ExportReport(counter.images, counter.tokens, written, time.perf_counter() - start)
-
-
-def _check_output(target: Path, notice: dict[str, Any]) -> None:
-    """Raise `ValueError` unless `target` is absent, empty, or an earlier run's output with the same notice."""
-    try:
-        names = [name for name in os.listdir(target) if not is_temporary(name)]
-    except FileNotFoundError:
-        return
-    if not names:
-        return
-    try:
-        earlier = json.loads((target / NOTICE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{target} is not empty and holds no export of a store; choose another output") from None
-    if earlier != notice:
-        raise ValueError(
-            f"{target} holds what was made of another store, or in another format or shard size; choose another output"
-        )
 
 
 def _is_there(target: Path, file: ExportFile) -> bool:

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 
-from dove_fast.atomic import is_temporary, remove_temporaries, replacing
+from dove_fast.atomic import remove_temporaries, replacing
 from dove_fast.errors import StoreError
 from dove_fast.failures import stopping
 from dove_fast.jobs.loading import LoadedModel
+from dove_fast.jobs.notice import NOTICE_NAME, check_output
 from dove_fast.jobs.progress import OnProgress, Progress
 from dove_fast.models.inputs import check_length_options
 from dove_fast.ragged import RaggedTokens
@@ -27,8 +27,6 @@ __all__ = ["ReconstructReport", "picture_names", "reconstruct"]
 
 # What stands for ".." in the name of a picture, so that every picture lies below the output.
 PARENT = "_"
-# Says what the pictures beside it were made from, so that nobody's other files are taken for pictures.
-NOTICE_NAME = ".dove-fast.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,9 @@ def reconstruct(
         raise ValueError(f"{store.directory} has images of {store.lengths.min()} tokens, too few for length={length}")
     names = picture_names(store.keys)
     notice = {"pictures_of": settings_id(store.manifest["settings"]), "length": length, "max_length": max_length}
-    _check_output(target, notice)
+    check_output(
+        target, notice, holds_none="no pictures of a store", holds_other="pictures of another store or of other lengths"
+    )
     start = time.perf_counter()
     images_done = tokens_done = 0
     with stopping("run the same command again to go on"):
@@ -101,22 +101,6 @@ def reconstruct(
             if on_progress is not None:
                 on_progress(Progress(rows.stop, len(store), images_done, tokens_done))
     return ReconstructReport(images_done, tokens_done, time.perf_counter() - start)
-
-
-def _check_output(target: Path, notice: dict[str, Any]) -> None:
-    """Raise `ValueError` unless `target` is absent, empty, or an earlier run's output with the same notice."""
-    try:
-        names = [name for name in os.listdir(target) if not is_temporary(name)]
-    except FileNotFoundError:
-        return
-    if not names:
-        return
-    try:
-        earlier = json.loads((target / NOTICE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{target} is not empty and holds no pictures of a store; choose another output") from None
-    if earlier != notice:
-        raise ValueError(f"{target} holds pictures of another store or of other lengths; choose another output")
 
 
 def _first(tokens: RaggedTokens, limit: int | None) -> RaggedTokens:
