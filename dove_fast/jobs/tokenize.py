@@ -293,7 +293,7 @@ def _token_dtype(model: torch.dtype, wanted: str | None) -> str:
 
 
 def _environment(source: str | os.PathLike[str], loaded: LoadedModel, options: TokenizeOptions) -> dict[str, str | int]:
-    """What ran, for the manifest: on another device, with another version, batch size or thread count results round."""
+    """What ran, for the manifest: with any of it changed, results differ by rounding."""
     from dove_fast import __version__
 
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "pyarrow", "safetensors")}
