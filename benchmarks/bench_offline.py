@@ -80,7 +80,7 @@ def loaded(device) -> LoadedModel:
 def decoded(folder: Path) -> list[torch.Tensor]:
     """Return the pictures as the model takes them."""
     transform = ShortSideCenterCrop(64)
-    return [transform(decode_image(item.path).image) for item in list_inputs(folder)]
+    return [torch.from_numpy(transform(decode_image(item.path).image)) for item in list_inputs(folder)]
 
 
 def bare(model, images: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
@@ -143,7 +143,7 @@ def bench_script(compare, loaded, pictures, tmp_path, batch) -> None:
         output.mkdir()
         for first in range(0, len(files), size):
             some = files[first : first + size]
-            batch = torch.stack([transform(Image.open(file).convert("RGB")) for file in some])
+            batch = torch.from_numpy(np.stack([transform(Image.open(file).convert("RGB")) for file in some]))
             for file, tokens in zip(some, model.tokenize(batch.to(model.device)), strict=True):
                 np.save(output / f"{file.stem}.npy", tokens.float().cpu().numpy())
 

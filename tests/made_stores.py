@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from dove_fast import DOVEConfig, RaggedTokens
-from dove_fast.store.layout import DTYPES, StoreSettings, hash_keys
+from dove_fast.data.sources import hash_keys
+from dove_fast.store.layout import DTYPES, StoreSettings
 from dove_fast.store.records import InputError, RecordRow
 from dove_fast.store.writer import StoreWriter
 

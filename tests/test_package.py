@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import dove_fast
 
 LIBRARIES = ("PIL", "pyarrow", "rich", "triton", "diffusers", "transformers")
@@ -30,6 +32,27 @@ def test_import_is_quick_and_light():
     assert not [name for name in modules if name.split(".")[0] in LIBRARIES]
     assert "dove_fast._C" not in modules, "the native module is loaded when it is first called"
     assert threads == 1
+
+
+def test_a_decoding_process_needs_no_torch():
+    code = (
+        "import sys, dove_fast.data.worker, dove_fast.data.transform\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    assert run_python(code).split() == ["False", "True"]
+
+
+def test_names_are_there_before_they_are_imported():
+    code = (
+        "import sys, dove_fast\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(dove_fast.__all__) <= set(dir(dove_fast))\n"
+        "from dove_fast import *\n"
+        "print(DOVE.__module__, ops.__name__, dove_fast.ops is ops, dove_fast.TokenStore.__name__)"
+    )
+    assert run_python(code).split() == ["dove_fast.models.dove", "dove_fast.ops", "True", "TokenStore"]
+    with pytest.raises(AttributeError, match="module 'dove_fast' has no attribute 'DOVEE'"):
+        dove_fast.DOVEE  # noqa: B018
 
 
 def test_public_names():

@@ -1,11 +1,12 @@
-"""From one encoded image to one tensor, with failure as a value: what the decoding workers run."""
+"""From one encoded image to one array, with failure as a value: what the decoding workers run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from dove_fast.data.decode import DecodeError, decode_image
 
@@ -19,20 +20,23 @@ __all__ = ["Loaded", "Transform", "load_image"]
 class Loaded:
     """A transformed image, uint8 (3, S, S), with the upright original's size."""
 
-    pixels: Tensor
+    pixels: npt.NDArray[np.uint8]
     width: int
     height: int
 
 
 class Transform(Protocol):
-    """From an RGB image to uint8 (3, S, S); `least_side` is what a JPEG may be reduced to before, None for nothing."""
+    """From an RGB image to uint8 (3, S, S); `least_side` is what a JPEG may be reduced to before, None for nothing.
+
+    An array and no tensor: a decoding process then need not import torch, which takes longer than a hundred images.
+    """
 
     @property
     def least_side(self) -> int | None:
         """What `decode_image` takes."""
         ...
 
-    def __call__(self, image: Image.Image, /) -> Tensor:
+    def __call__(self, image: Image.Image, /) -> npt.NDArray[np.uint8]:
         """Transform one image."""
         ...
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dove_fast.data.listing import printable
-from dove_fast.data.sources import URL, EncodedImage, SourceOptions, Unusable
-from dove_fast.store.layout import hash_keys
+from dove_fast.data.sources import URL, EncodedImage, SourceOptions, Unusable, hash_keys
 
 __all__ = ["ParquetSource"]
 

@@ -18,9 +18,8 @@ from typing import IO, Any
 
 from dove_fast.data.formats import SUFFIXES
 from dove_fast.data.listing import printable
-from dove_fast.data.sources import PIPE, URL, EncodedImage, Unusable
+from dove_fast.data.sources import PIPE, URL, EncodedImage, Unusable, hash_keys
 from dove_fast.data.tar import ForwardFile, Member, content, members, open_tar, what_is_wrong
-from dove_fast.store.layout import hash_keys
 
 __all__ = ["MAX_IMAGE_BYTES", "ShardSource"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dove_fast.data.listing import ImageInput, list_inputs, printable
-from dove_fast.store.layout import hash_keys
 
-__all__ = ["EncodedImage", "FileSource", "Source", "SourceOptions", "Unusable", "open_source"]
+__all__ = ["EncodedImage", "FileSource", "Source", "SourceOptions", "Unusable", "hash_keys", "open_source"]
 
 TAR, PARQUET = ".tar", ".parquet"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -40,6 +40,16 @@ class Unusable:
     key: str
     source: str
     reason: str
+
+
+def hash_keys(keys: Iterable[str]) -> str:
+    """Return the SHA-256, in hexadecimal, over keys in order."""
+    digest = hashlib.sha256()
+    for key in keys:
+        encoded = key.encode()
+        # The length in front: ["ab", "c"] and ["a", "bc"] differ.
+        digest.update(b"%d:" % len(encoded) + encoded)
+    return digest.hexdigest()
 
 
 class Source(Protocol):

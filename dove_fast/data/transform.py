@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from dove_fast.data.decode import BACKGROUND
 
@@ -55,7 +54,7 @@ class ShortSideCenterCrop:
         }
         return {**plain, "least_side": self.least_side} if self.reduced else plain
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return an RGB image as uint8 (3, size, size); an image of that size comes back unchanged."""
         from PIL.Image import Resampling
 
@@ -63,4 +62,4 @@ class ShortSideCenterCrop:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         # One call: resizing the whole image first would blow a 10 x 100000 strip up to gigabytes.
         square = image.resize((self.size, self.size), Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        return np.array(np.asarray(square).transpose(2, 0, 1), order="C")

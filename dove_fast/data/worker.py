@@ -14,9 +14,6 @@ import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 
-import numpy as np
-import torch
-
 from dove_fast.data.load import Loaded, Transform, load_image
 
 __all__ = ["DecodeWorker", "WorkerDiedError", "decode_here"]
@@ -67,8 +64,8 @@ class DecodeWorker:
             raise WorkerDiedError(f"the decoding process ended with exit code {code}") from error
         if isinstance(answer, str):
             raise RuntimeError(f"an error in the decoding process that is no image's: {answer}")
-        answers, seconds = answer
-        return [item if isinstance(item, str) else _loaded(*item) for item in answers], seconds
+        loaded, seconds = answer
+        return loaded, seconds
 
     def _start(self) -> Connection:
         settings = pickle.dumps((self._transform, _pillow_limits()))
@@ -121,27 +118,15 @@ class DecodeWorker:
             return process.wait()
 
 
-def _loaded(pixels: np.ndarray, width: int, height: int) -> Loaded:
-    return Loaded(torch.from_numpy(pixels), width, height)
-
-
-def _plain(loaded: Loaded | str) -> tuple[np.ndarray, int, int] | str:
-    # As numpy's, because torch would send a tensor through shared memory.
-    return loaded if isinstance(loaded, str) else (loaded.pixels.numpy(), loaded.width, loaded.height)
-
-
 def _pillow_limits() -> tuple[int | None, bool]:
     from PIL import Image, ImageFile
 
     return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def _answered(
-    contents: Sequence[str | bytes], transform: Transform
-) -> tuple[list[tuple[np.ndarray, int, int] | str], float] | str:
+def _answered(contents: Sequence[str | bytes], transform: Transform) -> tuple[list[Loaded | str], float] | str:
     try:
-        loaded, seconds = decode_here(contents, transform)
-        return [_plain(item) for item in loaded], seconds
+        return decode_here(contents, transform)
     except MemoryError:
         # As if the system had ended this process: alone, an image may have enough.
         raise
@@ -154,7 +139,6 @@ def serve(handle: int) -> None:
     from PIL import Image, ImageFile
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     # What cannot be used is set aside with its reason, so that Pillow need not say it too.
     warnings.simplefilter("ignore")
     pipe = Connection(handle)

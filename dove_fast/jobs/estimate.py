@@ -87,7 +87,7 @@ def estimate(
             if isinstance(image, str):
                 failed += 1
             else:
-                yield image.pixels, torch.tensor(query_ids.get(item.key, ()), dtype=torch.int64)
+                yield torch.from_numpy(image.pixels), torch.tensor(query_ids.get(item.key, ()), dtype=torch.int64)
 
     lengths = []
     times = [time.perf_counter()]

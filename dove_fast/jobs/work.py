@@ -275,9 +275,10 @@ class Work:
                 if isinstance(image, str):
                     self._put_aside(shard, item.key, item.source, image)
                     continue
-                pixels = image.pixels if self._on_image is not None else None
-                read.append(_Read(item.key, item.source, item.extra, image.width, image.height, pixels))
-                yield image.pixels, torch.tensor(self._queries.get(item.key, ()), dtype=torch.int64)
+                pixels = torch.from_numpy(image.pixels)
+                seen = pixels if self._on_image is not None else None
+                read.append(_Read(item.key, item.source, item.extra, image.width, image.height, seen))
+                yield pixels, torch.tensor(self._queries.get(item.key, ()), dtype=torch.int64)
             if chunk.last:
                 return
             found = self._next(decoded, decoders)

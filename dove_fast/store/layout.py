@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ __all__ = [
     "TOKEN_DTYPES",
     "StoreSettings",
     "hash_file",
-    "hash_keys",
     "read_manifest",
     "records_path",
     "settings_differences",
@@ -69,7 +68,7 @@ class StoreSettings:
     `source`: what kind of input, and how it is read. `dtype`: the tokens', a key of `TOKEN_DTYPES`. `codes`: the
     VQGAN's codes are kept too. `units`: how many; `shard_size`: inputs a unit at most, None where the input's own
     shards are the units. `inputs` counts the inputs, None where that is known at the end only;
-    `inputs_sha256` is `hash_keys` of what identifies them in order.
+    `inputs_sha256` is over what identifies them in order (`dove_fast.data.sources.hash_keys`).
     """
 
     config: dict[str, Any]
@@ -110,16 +109,6 @@ def hash_file(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         while part := file.read(1 << 20):
             digest.update(part)
-    return digest.hexdigest()
-
-
-def hash_keys(keys: Iterable[str]) -> str:
-    """Return the SHA-256, in hexadecimal, over keys in order."""
-    digest = hashlib.sha256()
-    for key in keys:
-        encoded = key.encode()
-        # The length in front: ["ab", "c"] and ["a", "bc"] differ.
-        digest.update(b"%d:" % len(encoded) + encoded)
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ OPTIONS = TokenizeOptions(batch_size=3, shard_size=4, workers=0)
 
 
 def pixels(path, model):
-    return ShortSideCenterCrop(model.config.image_size)(decode_image(path).image)
+    return torch.from_numpy(ShortSideCenterCrop(model.config.image_size)(decode_image(path).image))
 
 
 def same_tokens(store, plain):

@@ -29,7 +29,7 @@ def keys_of(photos):
 
 def expected(photos, key, loaded, query=None, **options):
     decoded = decode_image(photos / key)
-    pixels = ShortSideCenterCrop(loaded.model.config.image_size)(decoded.image)
+    pixels = torch.from_numpy(ShortSideCenterCrop(loaded.model.config.image_size)(decoded.image))
     tokens, stats = loaded.model.tokenize(pixels[None], [query], stats=True, **options)
     return tokens[0], stats.eos_probability[0].item(), decoded
 
