@@ -42,7 +42,8 @@ class Decoders:
     ) -> Generator[tuple[Item, list[Loaded | str]], None, None]:
         """Yield every chunk with its loaded images, or reasons, in order; at most `depth` chunks ahead.
 
-        Raises `OSError` if a process cannot be started, and `RuntimeError` for an error that is no image's.
+        Closed before its end, it ends the processes, whatever they decode. Raises `OSError` if a process cannot be
+        started, and `RuntimeError` for an error that is no image's.
         """
 
         def load(chunk: Item) -> tuple[Item, list[Loaded | str]]:
@@ -52,7 +53,7 @@ class Decoders:
             for chunk in chunks:
                 yield load(chunk)
         else:
-            yield from prefetch(load, chunks, workers=self.workers, depth=depth)
+            yield from prefetch(load, chunks, workers=self.workers, depth=depth, abandon=self._abandon)
 
     def _load(self, contents: Sequence[str | bytes]) -> list[Loaded | str]:
         if self.workers == 0 or not contents:
@@ -88,7 +89,14 @@ class Decoders:
             yield worker
         finally:
             with self._lock:
-                self._idle.append(worker)
+                if worker in self._all:
+                    self._idle.append(worker)
+
+    def _abandon(self) -> None:
+        with self._lock:
+            abandoned, self._all, self._idle = self._all, [], []
+        for worker in abandoned:
+            worker.kill()
 
     def close(self) -> None:
         """End the processes."""

@@ -19,21 +19,31 @@ PATIENCE = 2.0
 
 
 def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, depth: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    depth: int,
+    abandon: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in order, computed by `workers` threads.
 
     At most `depth` items are taken from `items` ahead of the consumer, so memory is bounded by `depth` results.
-    An exception of `function` is raised at its item's turn. Closing the generator drops what has not started.
+    An exception of `function` is raised at its item's turn. Closing the generator drops what has not started and waits
+    for what has; `abandon` is called before, where there is something to cut short.
     Raises `ValueError` unless `workers` and `depth` are at least 1.
     """
     if workers < 1 or depth < 1:
         raise ValueError(f"workers and depth must be at least 1, got {workers} and {depth}")
-    return _prefetch(function, items, workers, depth)
+    return _prefetch(function, items, workers, depth, abandon)
 
 
 def _prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    depth: int,
+    abandon: Callable[[], None] | None,
 ) -> Generator[Result, None, None]:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="dove-fast-load")
     pending: deque[Future[Result]] = deque()
@@ -44,6 +54,10 @@ def _prefetch(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BaseException:
+        if abandon is not None:
+            abandon()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

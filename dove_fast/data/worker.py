@@ -22,6 +22,7 @@ __all__ = ["DecodeWorker", "WorkerDiedError", "decode_here"]
 PATIENCE = 5.0
 # How often a process may die before it can do anything, which is no image's fault.
 STARTS = 3
+KILLED = "the decoding process was killed"
 
 
 class WorkerDiedError(Exception):
@@ -48,13 +49,16 @@ class DecodeWorker:
         self._transform = transform
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._killed = False
 
     def decode(self, contents: Sequence[str | bytes]) -> tuple[list[Loaded | str], float]:
         """Return what `decode_here` would.
 
-        Raises `WorkerDiedError`, after which the next request starts a new process; `OSError` if none starts;
-        `RuntimeError`, with the trace, for what `decode_here` raised there.
+        Raises `WorkerDiedError`, after which the next request starts a new process, unless `kill` ended it; `OSError`
+        if none starts; `RuntimeError`, with the trace, for what `decode_here` raised there.
         """
+        if self._killed:
+            raise WorkerDiedError(KILLED)
         pipe = self._pipe or self._start()
         try:
             pipe.send(list(contents))
@@ -75,9 +79,15 @@ class DecodeWorker:
             try:
                 pipe.send_bytes(settings)
                 pipe.recv()
-                return pipe
             except (EOFError, OSError):
                 code = self.close()
+            else:
+                # A kill from here on finds the process; one that came before may not have.
+                if not self._killed:
+                    return pipe
+            if self._killed:
+                self.close()
+                raise WorkerDiedError(KILLED)
         reason = f"the decoding process ended {STARTS} times while it started, the last time with exit code {code}"
         raise OSError(errno.ECHILD, reason)
 
@@ -98,6 +108,13 @@ class DecodeWorker:
             )
         self._pipe = ours
         return ours
+
+    def kill(self) -> None:
+        """End the process for good, in the middle of a request of another thread perhaps, which raises then."""
+        self._killed = True
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def hang_up(self) -> None:
         """Let the process end, without waiting for it."""

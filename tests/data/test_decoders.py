@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -224,11 +225,11 @@ def test_processes_that_do_not_start_are_no_pictures_fault(tmp_path, monkeypatch
 
 
 def test_a_transform_that_cannot_be_sent(tmp_path):
-    decoders = Decoders(UnsendableTransform(str(tmp_path)), 1)
+    worker = DecodeWorker(UnsendableTransform(str(tmp_path)))
     for _ in range(2):
         with pytest.raises(TypeError, match="cannot be sent"):
-            mapped(decoders, [[picture(20)]])
-    assert decoders._all[0]._process is None
+            worker.decode([picture(20)])
+    assert worker._process is None
 
 
 def test_the_limits_of_pillow_are_those_of_this_process(monkeypatch):
@@ -326,8 +327,19 @@ def test_ctrl_c_prints_nothing_from_the_workers(tmp_path, started):
         assert wait_for(lambda: len(children(process.pid)) == 2)
         workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.1)
-    (tmp_path / "go").touch()
+    # Nothing lets the pictures go on: what is being decoded is abandoned.
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, b"interrupted\n", b"")
     assert gone(*workers)
+
+
+def test_closed_early_it_ends_what_is_being_decoded_and_may_begin_again(tmp_path):
+    chunks = [[picture(20)], [picture(WAITS)], [picture(WAITS)], [picture(21)]]
+    with contextlib.closing(Decoders(KillingTransform(str(tmp_path)), 2)) as decoders:
+        found = decoders.map(chunks, lambda chunk: chunk, depth=4)
+        next(found)
+        workers = workers_of(tmp_path)
+        found.close()
+        assert gone(*workers)
+        again = chunks[::3]
+        assert all_same(mapped(decoders, again), decoders._transform, again)
