@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import signal
-import socket
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +19,7 @@ from dove_fast.failures import JobError
 from dove_fast.jobs.loading import LoadedModel, load_model
 from dove_fast.jobs.progress import OnProgress, Progress
 from dove_fast.jobs.queries import Ids
+from dove_fast.jobs.ray_cluster import connected, import_ray, quiet, overridden
 from dove_fast.jobs.tokenize import RESUME, TokenizeJob, TokenizeOptions, TokenizeReport
 from dove_fast.memory import keep_freed_memory
 from dove_fast.ops.registry import ENVIRONMENT
@@ -34,12 +31,6 @@ __all__ = ["tokenize_with_ray"]
 
 # How often a unit is begun again after its actor died. Ray would do it for ever, also where the unit is the reason.
 RETRIES = 4
-# Seconds for a cluster to answer.
-PATIENCE = 10.0
-# Ray's loggers, which would write between the lines of a progress bar.
-LOGGERS = ("ray", "ray.data")
-# For a Ray that is started here: no report to its makers, and of what its core would print only what ends a process.
-ENVIRONMENT_OF_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 # Of Ray Data, where its version has them: a unit may take any time.
 CONTEXT = {"enable_progress_bars": False, "execution_no_progress_timeout_s": -1}
 
@@ -82,7 +73,7 @@ def tokenize_with_ray(
     cluster answers, and what `tokenize` raises; `JobError` too when Ray gives up. Whenever it stops, the same call, or
     `tokenize`, goes on where it was.
     """
-    ray = _import_ray()
+    ray = import_ray()
     start = time.perf_counter()
     options = replace(options or TokenizeOptions(), join=True)
     kind = _check(options, device, processes, gpus_each)
@@ -108,7 +99,7 @@ def tokenize_with_ray(
     with contextlib.closing(job), contextlib.ExitStack() as stack:
         if job.missing:
             # Before anything is written.
-            stack.enter_context(_connected(ray, address, processes))
+            stack.enter_context(connected(ray, address, processes))
         # Takes over what is done, and finishes the store where nothing is missing.
         job.run([])
         before = None
@@ -124,15 +115,6 @@ def tokenize_with_ray(
     if report.already_complete:
         return report
     return replace(report, computed=tally.images, seconds=time.perf_counter() - start, stages={})
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError("Ray is not installed; install it with: pip install 'dove-fast[ray]'") from error
-    return ray
 
 
 def _check(options: TokenizeOptions, device: str | torch.device | None, processes: int | None, gpus_each: float) -> str:
@@ -338,7 +320,7 @@ def _rows(ray: Any, task: _Task, units: Sequence[int], pool: _Pool) -> Generator
     Raises `JobError` when Ray gives up. The actors end with the generator.
     """
     attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
-    with _quiet(), _settings(ray.data.DataContext.get_current(), CONTEXT):
+    with quiet(), overridden(ray.data.DataContext.get_current(), CONTEXT):
         # Ray Data starts an actor that died again, and gives it the unit that it had.
         done = ray.data.from_items(list(units), override_num_blocks=len(units)).map_batches(
             _Units,
@@ -362,107 +344,3 @@ def _rows(ray: Any, task: _Task, units: Sequence[int], pool: _Pool) -> Generator
 
 def _resumable(sentence: str) -> str:
     return sentence if RESUME in sentence else f"{sentence}; {RESUME}"
-
-
-@contextlib.contextmanager
-def _connected(ray: Any, address: str | None, processes: int | None) -> Iterator[None]:
-    """Connect to Ray, or start it here, unless this process is connected; what was begun here ends with the block."""
-    if ray.is_initialized():
-        if address is not None:
-            raise ValueError("this process is connected to Ray already; leave the address out, or call ray.shutdown()")
-        yield
-        return
-    if address is not None:
-        _check_address(address)
-    settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
-    if address is None:
-        cores = os.cpu_count() or 1
-        settings.update(address="local", num_cpus=max(cores, processes or 1), include_dashboard=False)
-    with _quiet():
-        try:
-            with _environment(ENVIRONMENT_OF_RAY), _signals_held():
-                ray.init(**settings)
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _check_address(address: str) -> None:
-    """Raise `ValueError` for Ray Client, and `ConnectionError` where nothing answers: Ray itself tries for minutes."""
-    if address.startswith("ray://"):
-        raise ValueError(f"Ray Data does not run through Ray Client, got {address}; run this on a node, as host:port")
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
-    except OSError as error:
-        raise ConnectionError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the length of the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _settings(context: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Set attributes for the length of the block."""
-    before = {name: getattr(context, name) for name in settings if hasattr(context, name)}
-    try:
-        for name in before:
-            setattr(context, name, settings[name])
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM for the length of the block: a Ray stopped while it starts leaves processes behind.
-
-    It also takes SIGTERM for itself, to exit on the spot; this process's own handlers are put back at the end.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        if handler not in (signal.SIG_IGN, None):
-            signal.signal(number, lambda number, _: came.append(number))
-    try:
-        yield
-    except SystemExit:
-        came.append(signal.SIGTERM)
-    finally:
-        for number, handler in handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Ray's loggers: what it has to say comes as an exception."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

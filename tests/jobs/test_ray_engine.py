@@ -24,7 +24,7 @@ from small_models import micro_model
 
 from dove_fast import StoreError
 from dove_fast.failures import JobError
-from dove_fast.jobs import TokenizeOptions, load_model, ray_engine, tokenize
+from dove_fast.jobs import TokenizeOptions, load_model, ray_cluster, ray_engine, tokenize
 from dove_fast.jobs.ray_engine import tokenize_with_ray
 from dove_fast.store.claims import FIRST_UNIT
 
@@ -37,7 +37,7 @@ PICTURES, UNITS = 120, 9
 def ray():
     """A Ray of two workers, as the engine starts one."""
     module = pytest.importorskip("ray")
-    with ray_engine._connected(ray_engine._import_ray(), None, 2):
+    with ray_cluster.connected(ray_cluster.import_ray(), None, 2):
         yield module
 
 
