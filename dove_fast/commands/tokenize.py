@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ from dove_fast.commands.options import (
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
-    from dove_fast.jobs import Snapshot, TokenizeOptions, TokenizeReport
+    from dove_fast.jobs import TokenizeOptions, TokenizeReport
+    from dove_fast.jobs.progress import OnProgress, Progress
     from dove_fast.jobs.report import Extremes
 
 __all__ = ["add"]
@@ -145,11 +146,11 @@ def run(arguments: argparse.Namespace) -> int:
     extremes = None if arguments.no_report else Extremes()
     curve: list[tuple[float, int]] = [(0.0, 0)]
 
-    def remember(snapshot: Snapshot) -> None:
-        if snapshot.elapsed - curve[-1][0] >= CURVE_SECONDS:
-            curve.append((snapshot.elapsed, snapshot.images))
+    def remember(progress: Progress) -> None:
+        if progress.elapsed - curve[-1][0] >= CURVE_SECONDS:
+            curve.append((progress.elapsed, progress.images))
 
-    with progress_bar("tokenize") as on_progress, _watching(arguments, remember) as on_snapshot:
+    with progress_bar("tokenize") as show, _watching(arguments, remember, show) as on_progress:
         report = tokenize(
             arguments.input,
             arguments.output,
@@ -157,7 +158,6 @@ def run(arguments: argparse.Namespace) -> int:
             options,
             queries=queries,
             on_progress=on_progress,
-            on_snapshot=on_snapshot,
             on_image=None if extremes is None else extremes.add,
         )
     if extremes is not None and report.complete and not report.already_complete:
@@ -199,16 +199,14 @@ def _options(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> Tok
 
 
 @contextlib.contextmanager
-def _watching(
-    arguments: argparse.Namespace, remember: Callable[[Snapshot], None]
-) -> Iterator[Callable[[Snapshot], None]]:
-    """Give what shows snapshots to everybody who asked for them."""
+def _watching(arguments: argparse.Namespace, remember: OnProgress, show: OnProgress | None) -> Iterator[OnProgress]:
+    """Tell everybody who asked how far the job is."""
     from dove_fast.jobs.metrics import MetricsLog, MetricsServer
 
     with contextlib.ExitStack() as stack:
-        watchers: list[Callable[[Snapshot], None]] = [remember]
+        watchers = [remember] if show is None else [remember, show]
         log: MetricsLog | None = None
-        last: list[Snapshot] = []
+        last: list[Progress] = []
         if arguments.prometheus is not None:
             server = MetricsServer(arguments.prometheus)
             stack.callback(server.close)
@@ -219,13 +217,13 @@ def _watching(
             stack.callback(log.close)
             watchers.append(log.update)
 
-        def show(snapshot: Snapshot) -> None:
-            last[:] = [snapshot]
+        def tell(progress: Progress) -> None:
+            last[:] = [progress]
             for watcher in watchers:
-                watcher(snapshot)
+                watcher(progress)
 
         try:
-            yield show
+            yield tell
         finally:
             if log is not None and last:
                 log.update(last[0], last=True)

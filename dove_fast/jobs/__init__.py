@@ -3,7 +3,6 @@
 from dove_fast.jobs.export import ExportReport, export
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, summarize_checkpoint, summarize_store
 from dove_fast.jobs.loading import LoadedModel, load_model
-from dove_fast.jobs.metrics import Snapshot
 from dove_fast.jobs.progress import Progress
 from dove_fast.jobs.queries import read_queries
 from dove_fast.jobs.reconstruct import ReconstructReport, reconstruct
@@ -15,7 +14,6 @@ __all__ = [
     "LoadedModel",
     "Progress",
     "ReconstructReport",
-    "Snapshot",
     "StoreSummary",
     "TokenizeOptions",
     "TokenizeReport",

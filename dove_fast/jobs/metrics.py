@@ -10,38 +10,18 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from dove_fast.jobs.stages import STAGES, stage_shares
+from dove_fast.jobs.progress import Progress
+from dove_fast.jobs.stages import STAGES
 
-__all__ = ["MetricsLog", "MetricsServer", "Snapshot"]
+__all__ = ["MetricsLog", "MetricsServer"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds that a client may take over its request.
 PATIENCE = 10
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Where a job is at `time` (seconds since the epoch), `elapsed` seconds after it began.
-
-    `done` inputs of `total`, None where that is not known, those of earlier runs included; of this run the images,
-    their tokens, the errors (inputs that were set aside), and the seconds by stage, `decode` of `workers` together.
-    `workers` is 0 where the main loop decodes.
-    """
-
-    time: float
-    elapsed: float
-    done: int
-    total: int | None
-    images: int
-    tokens: int
-    errors: int
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    workers: int = 1
 
 
 class MetricsLog:
@@ -55,40 +35,40 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str], seconds: float = 10.0) -> None:
         self._seconds = seconds
         self._last_elapsed, self._last_images = 0.0, 0
-        # The first snapshot's time, and how much earlier runs had done by then.
+        # The elapsed time of the first update, and how much earlier runs had done by then.
         self._first: tuple[float, int] | None = None
         half = _ends_in_half_a_line(path)
         self._file = open(path, "ab")  # noqa: SIM115 - open as long as the job
         if half:
             self._file.write(b"\n")
 
-    def update(self, snapshot: Snapshot, *, last: bool = False) -> None:
+    def update(self, progress: Progress, *, last: bool = False) -> None:
         """Write a line if it is time for one; `last`, the end of the run, in any case."""
-        self._first = self._first or (snapshot.elapsed, snapshot.done)
-        if not last and snapshot.elapsed - self._last_elapsed < self._seconds:
+        self._first = self._first or (progress.elapsed, progress.done)
+        if not last and progress.elapsed - self._last_elapsed < self._seconds:
             return
-        line = json.dumps(self._line(snapshot), allow_nan=False)
+        line = json.dumps(self._line(progress), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
-        self._last_elapsed, self._last_images = snapshot.elapsed, snapshot.images
+        self._last_elapsed, self._last_images = progress.elapsed, progress.images
 
-    def _line(self, snapshot: Snapshot) -> dict[str, Any]:
-        since_last = snapshot.elapsed - self._last_elapsed
-        first, before = self._first or (snapshot.elapsed, snapshot.done)
-        speed = _ratio(snapshot.done - before, snapshot.elapsed - first)
-        left = None if snapshot.total is None else max(snapshot.total - snapshot.done, 0)
+    def _line(self, progress: Progress) -> dict[str, Any]:
+        since_last = progress.elapsed - self._last_elapsed
+        first, before = self._first or (progress.elapsed, progress.done)
+        speed = _ratio(progress.done - before, progress.elapsed - first)
+        left = None if progress.total is None else max(progress.total - progress.done, 0)
         return {
-            "time": snapshot.time,
-            "elapsed": snapshot.elapsed,
-            "done": snapshot.done,
-            "total": snapshot.total,
-            "images": snapshot.images,
-            "tokens": snapshot.tokens,
-            "errors": snapshot.errors,
-            "images_per_second": _ratio(snapshot.images - self._last_images, since_last),
-            "images_per_second_mean": _ratio(snapshot.images, snapshot.elapsed),
-            "mean_tokens": _ratio(snapshot.tokens, snapshot.images),
-            "stages": stage_shares(snapshot.stage_seconds, snapshot.elapsed, snapshot.workers),
+            "time": time.time(),
+            "elapsed": progress.elapsed,
+            "done": progress.done,
+            "total": progress.total,
+            "images": progress.images,
+            "tokens": progress.tokens,
+            "errors": progress.errors,
+            "images_per_second": _ratio(progress.images - self._last_images, since_last),
+            "images_per_second_mean": _ratio(progress.images, progress.elapsed),
+            "mean_tokens": _ratio(progress.tokens, progress.images),
+            "stages": progress.stages,
             "eta_seconds": None if left is None or speed is None else _ratio(left, speed),
         }
 
@@ -112,7 +92,7 @@ def _ratio(amount: float, over: float) -> float | None:
 
 
 class MetricsServer:
-    """Serves the latest snapshot at http://host:port/metrics for Prometheus, from a thread, until it is closed.
+    """Serves the latest figures at http://host:port/metrics for Prometheus, from a thread, until it is closed.
 
     Port 0 takes one that is free; `port` says which. Raises `ValueError` for a port that is in use, or an address that
     cannot be served.
@@ -133,9 +113,9 @@ class MetricsServer:
         self._thread = threading.Thread(target=serve, args=(0.1,), name=name, daemon=True)
         self._thread.start()
 
-    def update(self, snapshot: Snapshot) -> None:
-        """Serve this snapshot from now on."""
-        self._server.snapshot = snapshot
+    def update(self, progress: Progress) -> None:
+        """Serve these figures from now on."""
+        self._server.progress = progress
 
     def close(self) -> None:
         """Stop serving and free the port."""
@@ -151,7 +131,7 @@ class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self.snapshot = Snapshot(time.time(), 0.0, 0, None, 0, 0, 0)
+        self.progress = Progress(0, None, 0, 0)
         super().__init__(address, handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -167,11 +147,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        """Answer with the snapshot."""
+        """Answer with the latest figures."""
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404, explain="the metrics are at /metrics")
             return
-        body = "".join(f"{line}\n" for line in _exposition(self.server.snapshot)).encode()
+        body = "".join(f"{line}\n" for line in _exposition(self.server.progress)).encode()
         self.send_response(200)
         self.send_header("Content-Type", CONTENT_TYPE)
         self.send_header("Content-Length", str(len(body)))
@@ -182,17 +162,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Write nothing: the terminal is the progress bar's."""
 
 
-def _exposition(snapshot: Snapshot) -> Iterator[str]:
+def _exposition(progress: Progress) -> Iterator[str]:
     """Yield the lines of Prometheus's text format 0.0.4."""
-    yield from _metric("images_total", "counter", "Images that were tokenized by this run.", snapshot.images)
-    yield from _metric("tokens_total", "counter", "Tokens of these images.", snapshot.tokens)
-    yield from _metric("errors_total", "counter", "Inputs that were set aside by this run.", snapshot.errors)
-    yield from _metric("inputs_done", "gauge", "Inputs that are done, by earlier runs too.", snapshot.done)
-    if snapshot.total is not None:
-        yield from _metric("inputs", "gauge", "Inputs of the job.", snapshot.total)
+    yield from _metric("images_total", "counter", "Images that were tokenized by this run.", progress.images)
+    yield from _metric("tokens_total", "counter", "Tokens of these images.", progress.tokens)
+    yield from _metric("errors_total", "counter", "Inputs that were set aside by this run.", progress.errors)
+    yield from _metric("inputs_done", "gauge", "Inputs that are done, by earlier runs too.", progress.done)
+    if progress.total is not None:
+        yield from _metric("inputs", "gauge", "Inputs of the job.", progress.total)
     name = "stage_busy_seconds_total"
     yield from _head(name, "counter", "Seconds that a stage was busy, decode of all workers together.")
-    for stage, seconds in {**dict.fromkeys(STAGES, 0.0), **snapshot.stage_seconds}.items():
+    for stage, seconds in {**dict.fromkeys(STAGES, 0.0), **progress.stage_seconds}.items():
         yield f'dove_fast_{name}{{stage="{stage}"}} {seconds:.6f}'
 
 

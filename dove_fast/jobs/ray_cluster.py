@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["connected", "import_ray", "quiet", "overridden"]
+__all__ = ["connected", "import_ray", "overridden", "quiet"]
 
 # Seconds for a cluster to answer.
 PATIENCE = 10.0

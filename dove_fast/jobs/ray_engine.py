@@ -9,7 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,13 +19,10 @@ from dove_fast.failures import JobError
 from dove_fast.jobs.loading import LoadedModel, load_model
 from dove_fast.jobs.progress import OnProgress, Progress
 from dove_fast.jobs.queries import Ids
-from dove_fast.jobs.ray_cluster import connected, import_ray, quiet, overridden
+from dove_fast.jobs.ray_cluster import connected, import_ray, overridden, quiet
 from dove_fast.jobs.tokenize import RESUME, TokenizeJob, TokenizeOptions, TokenizeReport
 from dove_fast.memory import keep_freed_memory
 from dove_fast.ops.registry import ENVIRONMENT
-
-if TYPE_CHECKING:
-    from dove_fast.jobs.metrics import Snapshot
 
 __all__ = ["tokenize_with_ray"]
 
@@ -241,7 +238,7 @@ class _Units:
             os.chdir(task.folder)
         loaded = self._load()
         return TokenizeJob(
-            task.source, task.output, loaded, task.options, queries=task.queries, on_snapshot=self._count
+            task.source, task.output, loaded, task.options, queries=task.queries, on_progress=self._count
         )
 
     def _load(self) -> LoadedModel:
@@ -251,8 +248,8 @@ class _Units:
             keep_freed_memory()
         return loaded
 
-    def _count(self, snapshot: Snapshot) -> None:
-        self._counts = (snapshot.images, snapshot.tokens, snapshot.errors)
+    def _count(self, progress: Progress) -> None:
+        self._counts = (progress.images, progress.tokens, progress.errors)
 
 
 @dataclass(frozen=True)
@@ -289,7 +286,7 @@ class _Tally:
         """Take over what the store holds, once the job has looked there."""
         if self._progress is not None and progress.units_done < self._progress.units_done:
             return
-        self._show(replace(progress, images=self.images, tokens=self._tokens, stages={}))
+        self._show(replace(progress, images=self.images, tokens=self._tokens, stage_seconds={}))
 
     def add(self, row: _Row) -> None:
         """Add what came of a unit. Raises the exception of a failure."""

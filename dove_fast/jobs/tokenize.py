@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from dove_fast.data import ShortSideCenterCrop, Source, SourceOptions, open_source
 from dove_fast.failures import stopping
 from dove_fast.jobs.loading import LoadedModel
-from dove_fast.jobs.metrics import Snapshot
 from dove_fast.jobs.progress import OnProgress
 from dove_fast.jobs.queries import Ids, check_against, encode_texts, hash_queries
 from dove_fast.jobs.work import Limits, OnImage, Work
@@ -119,7 +118,6 @@ def tokenize(
     *,
     queries: Mapping[str, Ids | str] | None = None,
     on_progress: OnProgress | None = None,
-    on_snapshot: Callable[[Snapshot], None] | None = None,
     on_image: OnImage | None = None,
 ) -> TokenizeReport:
     """Tokenise the images that `source` stands for (see `open_source`) into a token store at `output`.
@@ -127,8 +125,8 @@ def tokenize(
     A store that was begun with the same inputs and settings is finished: units that are done are not computed again.
     Inputs that cannot be decoded are set aside with their reason. `queries` gives token ids by key, or texts,
     which the model's tokenizer turns into ids before anything else; where keys are only known by reading, a query
-    for a key that does not come is not noticed. `on_progress` and `on_snapshot` see how far it
-    is, after every batch; `on_image` every image's key, token count and pixels.
+    for a key that does not come is not noticed. `on_progress` sees how far it is, after every batch; `on_image` every
+    image's key, token count and pixels.
 
     Raises, before anything is written, `FileNotFoundError`, `ValueError` and `TypeError` for what cannot be used and
     `StoreError` for an output that is something else or that another job is writing; then `JobError` when the disk or
@@ -142,7 +140,6 @@ def tokenize(
         options or TokenizeOptions(),
         queries=queries,
         on_progress=on_progress,
-        on_snapshot=on_snapshot,
         on_image=on_image,
     )
     with contextlib.closing(job):
@@ -165,7 +162,6 @@ class TokenizeJob:
         *,
         queries: Mapping[str, Ids | str] | None = None,
         on_progress: OnProgress | None = None,
-        on_snapshot: Callable[[Snapshot], None] | None = None,
         on_image: OnImage | None = None,
     ) -> None:
         self._options = options
@@ -183,7 +179,6 @@ class TokenizeJob:
             Limits(self._workers, options.max_errors, options.rank, options.world_size),
             batch_size=options.batch_size,
             on_progress=on_progress,
-            on_snapshot=on_snapshot,
             on_image=on_image,
         )
 

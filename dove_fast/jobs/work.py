@@ -17,7 +17,6 @@ from dove_fast.data import Decoders, EncodedImage, Loaded, Source, Transform, Un
 from dove_fast.errors import StoreError
 from dove_fast.failures import JobError
 from dove_fast.generation import LengthHistogram, StreamItem, TokenStream
-from dove_fast.jobs.metrics import Snapshot
 from dove_fast.jobs.progress import Progress
 from dove_fast.jobs.queries import Ids
 from dove_fast.jobs.stages import StageClock
@@ -94,7 +93,6 @@ class Work:
         *,
         batch_size: int,
         on_progress: Callable[[Progress], None] | None = None,
-        on_snapshot: Callable[[Snapshot], None] | None = None,
         on_image: OnImage | None = None,
     ) -> None:
         self._model = model
@@ -105,7 +103,6 @@ class Work:
         self._limits = limits
         self._batch_size = batch_size
         self._on_progress = on_progress
-        self._on_snapshot = on_snapshot
         self._on_image = on_image
         self._settings = writer.settings
         # Of the units that were looked at for keys that come twice.
@@ -319,35 +316,22 @@ class Work:
         self._report()
 
     def _report(self) -> None:
-        elapsed = time.perf_counter() - self._start
-        done = self._finished + self._written + len(self._set_aside)
-        workers = self._limits.workers
-        if self._on_progress is not None:
-            self._on_progress(
-                Progress(
-                    done,
-                    self._settings.inputs,
-                    self.images,
-                    self.tokens,
-                    stages=self.clock.shares(elapsed, workers),
-                    units_done=self._finished_units,
-                    units=self._settings.units,
-                )
+        if self._on_progress is None:
+            return
+        self._on_progress(
+            Progress(
+                self._finished + self._written + len(self._set_aside),
+                self._settings.inputs,
+                self.images,
+                self.tokens,
+                errors=self.errors,
+                elapsed=time.perf_counter() - self._start,
+                stage_seconds=self.clock.seconds,
+                workers=self._limits.workers,
+                units_done=self._finished_units,
+                units=self._settings.units,
             )
-        if self._on_snapshot is not None:
-            self._on_snapshot(
-                Snapshot(
-                    time=time.time(),
-                    elapsed=elapsed,
-                    done=done,
-                    total=self._settings.inputs,
-                    images=self.images,
-                    tokens=self.tokens,
-                    errors=self.errors,
-                    stage_seconds=self.clock.seconds,
-                    workers=workers,
-                )
-            )
+        )
 
 
 def _generator(items: Iterator[EncodedImage | Unusable]) -> Generator[EncodedImage | Unusable, None, None]:

@@ -79,7 +79,7 @@ def test_a_long_job(terminal):
 
 
 def test_shards_and_stages_are_told_where_there_are_some(terminal):
-    state = Progress(60, 200, 60, 750, stages=SHARES, units_done=3, units=10)
+    state = Progress(60, 200, 60, 750, stage_seconds=SHARES, elapsed=1.0, units_done=3, units=10)
     line, stages = terminal((0.0, Progress(0, 200, 0, 0)), (10.0, state))
     assert figures(line) == "60/200 6.0 images/s 12.5 tokens 0:00:23 shard 3/10"
     assert stages == "decode 35% wait 3% encode 50% generate 12% write 1%"
@@ -99,7 +99,7 @@ def test_without_a_total_and_with_one_shard_there_is_a_count(terminal):
 
 
 def test_everything_fits_80_columns(terminal):
-    state = Progress(123456, 1000000, 123456, 1234560, stages=SHARES, units_done=120, units=977)
+    state = Progress(123456, 1000000, 123456, 1234560, stage_seconds=SHARES, elapsed=1.0, units_done=120, units=977)
     line, stages = terminal((0.0, Progress(0, 1000000, 0, 0)), (100.0, state), columns=80)
     assert line.endswith("123456/1000000 1234.6 images/s 10.0 tokens 0:11:50 shard 120/977")
     assert len(line) <= 80 and len(stages) <= 80

@@ -7,16 +7,17 @@ import json
 import os
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
 
 import pytest
 
-from dove_fast.jobs.metrics import MetricsLog, MetricsServer, Snapshot
+from dove_fast.jobs.metrics import MetricsLog, MetricsServer
+from dove_fast.jobs.progress import Progress
 
-SNAPSHOT = Snapshot(
-    time=1700000000.5,
+PROGRESS = Progress(
     elapsed=20.0,
     done=150,
     total=400,
@@ -27,7 +28,7 @@ SNAPSHOT = Snapshot(
     workers=2,
 )
 # The same run's begin: earlier runs had done 100.
-BEGIN = replace(SNAPSHOT, time=1699999980.5, elapsed=0.0, done=100, images=0, tokens=0, errors=0, stage_seconds={})
+BEGIN = replace(PROGRESS, elapsed=0.0, done=100, images=0, tokens=0, errors=0, stage_seconds={})
 
 
 def lines_of(path) -> list[dict]:
@@ -51,14 +52,16 @@ def metrics(server: MetricsServer) -> dict[str, float]:
 
 
 def test_a_line_holds_every_figure(tmp_path):
+    start = time.time()
     log = MetricsLog(tmp_path / "m.jsonl")
     log.update(BEGIN)
     assert lines_of(tmp_path / "m.jsonl") == []
-    log.update(SNAPSHOT)
+    log.update(PROGRESS)
     # Flushed: the log is still open.
-    assert lines_of(tmp_path / "m.jsonl") == [
+    (line,) = lines_of(tmp_path / "m.jsonl")
+    assert start <= line.pop("time") <= time.time()
+    assert [line] == [
         {
-            "time": 1700000000.5,
             "elapsed": 20.0,
             "done": 150,
             "total": 400,
@@ -79,8 +82,8 @@ def test_a_line_holds_every_figure(tmp_path):
 def test_lines_come_at_most_so_often_and_at_the_end(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl", seconds=5)
     for elapsed in range(13):
-        log.update(replace(SNAPSHOT, elapsed=float(elapsed), images=elapsed * elapsed))
-    log.update(replace(SNAPSHOT, elapsed=12.0, images=200), last=True)
+        log.update(replace(PROGRESS, elapsed=float(elapsed), images=elapsed * elapsed))
+    log.update(replace(PROGRESS, elapsed=12.0, images=200), last=True)
     log.close()
     lines = lines_of(tmp_path / "m.jsonl")
     assert [line["elapsed"] for line in lines] == [5.0, 10.0, 12.0]
@@ -91,8 +94,8 @@ def test_lines_come_at_most_so_often_and_at_the_end(tmp_path):
 def test_what_is_not_known_is_null(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     log.update(replace(BEGIN, total=None), last=True)
-    log.update(replace(SNAPSHOT, total=None), last=True)
-    log.update(replace(SNAPSHOT, done=400), last=True)
+    log.update(replace(PROGRESS, total=None), last=True)
+    log.update(replace(PROGRESS, done=400), last=True)
     log.close()
     nothing, unknown, done = lines_of(tmp_path / "m.jsonl")
     assert [nothing[name] for name in ("total", "images_per_second", "mean_tokens", "eta_seconds")] == [None] * 4
@@ -104,14 +107,14 @@ def test_a_job_that_goes_on_appends(tmp_path):
     path = tmp_path / "m.jsonl"
     for images in (40, 41):
         log = MetricsLog(path)
-        log.update(replace(SNAPSHOT, images=images), last=True)
+        log.update(replace(PROGRESS, images=images), last=True)
         log.close()
     assert [line["images"] for line in lines_of(path)] == [40, 41]
     # Its speeds are its own.
     assert lines_of(path)[1]["images_per_second"] == 41 / 20
     path.write_bytes(path.read_bytes() + b'{"time": 17')
     log = MetricsLog(path)
-    log.update(SNAPSHOT, last=True)
+    log.update(PROGRESS, last=True)
     log.close()
     *_, half, last = path.read_text(encoding="utf-8").splitlines()
     assert half == '{"time": 17' and json.loads(last)["images"] == 40
@@ -123,7 +126,7 @@ def test_lines_may_go_into_a_pipe(tmp_path):
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text(encoding="utf-8")), daemon=True)
     reader.start()
     log = MetricsLog(tmp_path / "pipe")
-    log.update(SNAPSHOT, last=True)
+    log.update(PROGRESS, last=True)
     log.close()
     reader.join(10)
     assert [json.loads(line)["done"] for line in read[0].splitlines()] == [150]
@@ -136,9 +139,9 @@ def test_a_file_that_cannot_be_is_refused_at_once(tmp_path):
         MetricsLog(tmp_path)
 
 
-def test_prometheus_gets_the_latest_snapshot(server):
+def test_prometheus_gets_the_latest_figures(server):
     server.update(BEGIN)
-    server.update(SNAPSHOT)
+    server.update(PROGRESS)
     assert metrics(server) == {
         "dove_fast_images_total": 40,
         "dove_fast_tokens_total": 500,
@@ -151,12 +154,12 @@ def test_prometheus_gets_the_latest_snapshot(server):
         'dove_fast_stage_busy_seconds_total{stage="generate"}': 0.0,
         'dove_fast_stage_busy_seconds_total{stage="write"}': 0.0,
     }
-    server.update(replace(SNAPSHOT, images=41))
+    server.update(replace(PROGRESS, images=41))
     assert metrics(server)["dove_fast_images_total"] == 41
 
 
 def test_the_text_format(server):
-    server.update(SNAPSHOT)
+    server.update(PROGRESS)
     with get(server, "/metrics?x=1") as answer:
         body = answer.read()
         assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"

@@ -272,13 +272,13 @@ def test_every_image_is_seen_with_its_length(tmp_path, photos, loaded):
     assert torch.equal(seen["00.jpg"][1], pixels(photos / "00.jpg", loaded.model))
 
 
-def test_snapshots_add_up(tmp_path, photos, loaded):
+def test_progress_adds_up(tmp_path, photos, loaded):
     add_bad(photos)
     seen = []
-    report = tokenize(photos, tmp_path / "s", loaded, OPTIONS, on_snapshot=seen.append)
+    report = tokenize(photos, tmp_path / "s", loaded, OPTIONS, on_progress=seen.append)
     last = seen[-1]
     assert (last.done, last.total, last.images, last.tokens, last.errors) == (12, 12, 10, report.tokens, 2)
-    assert [snapshot.done for snapshot in seen] == sorted(snapshot.done for snapshot in seen)
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
     assert last.stage_seconds["encode"] > 0
     assert sum(seconds for stage, seconds in last.stage_seconds.items() if stage != "decode") < last.elapsed
     assert set(report.stages) == {"decode", "wait", "encode", "generate", "write"}
