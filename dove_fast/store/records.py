@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dove_fast.atomic import replacing
 from dove_fast.errors import StoreError
@@ -16,7 +16,17 @@ from dove_fast.store.layout import ERRORS_NAME, METADATA_KEY
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["InputError", "RecordRow", "Unit", "read_errors", "read_table", "read_unit", "write_records"]
+__all__ = [
+    "RECORD_COLUMNS",
+    "InputError",
+    "RecordRow",
+    "Unit",
+    "read_errors",
+    "read_table",
+    "read_unit",
+    "record_columns",
+    "write_records",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,34 @@ class Unit:
     squared_norm: float = 0.0
 
 
+# What a record tells of its image, and how Arrow calls the types. `extra` is JSON.
+RECORD_COLUMNS = {
+    "key": "string",
+    "source": "string",
+    "length": "int32",
+    "width": "int32",
+    "height": "int32",
+    "eos_probability": "float32",
+    "extra": "string",
+}
+
+
+class Record(Protocol):
+    """What has the attributes that `RECORD_COLUMNS` names."""
+
+    @property
+    def extra(self) -> dict[str, Any] | None:
+        """What came with the image."""
+        ...
+
+
+def record_columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Return the columns of `RECORD_COLUMNS`."""
+    columns = {name: [getattr(record, name) for record in records] for name in RECORD_COLUMNS}
+    columns["extra"] = [None if extra is None else json.dumps(extra, ensure_ascii=False) for extra in columns["extra"]]
+    return columns
+
+
 def write_records(path: Path, rows: Sequence[RecordRow], unit: Unit) -> None:
     """Write a unit's records, by temporary file and rename; the same rows and unit give the same bytes."""
     import pyarrow
@@ -70,30 +108,10 @@ def write_records(path: Path, rows: Sequence[RecordRow], unit: Unit) -> None:
 
     metadata = {METADATA_KEY: json.dumps(asdict(unit), ensure_ascii=False)}
     schema = pyarrow.schema(
-        [
-            ("key", pyarrow.string()),
-            ("source", pyarrow.string()),
-            ("length", pyarrow.int32()),
-            ("width", pyarrow.int32()),
-            ("height", pyarrow.int32()),
-            ("eos_probability", pyarrow.float32()),
-            ("extra", pyarrow.string()),
-            ("shard", pyarrow.int32()),
-            ("row", pyarrow.int32()),
-        ],
+        [*RECORD_COLUMNS.items(), ("shard", "int32"), ("row", "int32")],
         metadata=metadata,
     )
-    columns = {
-        "key": [row.key for row in rows],
-        "source": [row.source for row in rows],
-        "length": [row.length for row in rows],
-        "width": [row.width for row in rows],
-        "height": [row.height for row in rows],
-        "eos_probability": [row.eos_probability for row in rows],
-        "extra": [None if row.extra is None else json.dumps(row.extra, ensure_ascii=False) for row in rows],
-        "shard": [unit.shard] * len(rows),
-        "row": list(range(len(rows))),
-    }
+    columns = {**record_columns(rows), "shard": [unit.shard] * len(rows), "row": list(range(len(rows)))}
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), buffer, write_page_checksum=True)
     with replacing(path) as file:

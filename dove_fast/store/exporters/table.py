@@ -1,6 +1,6 @@
 """A store as tables, one row an image: Parquet files, or Arrow files in the streaming format.
 
-    key, source string; length, width, height int32; eos_probability float32; extra string (JSON) or null
+    the columns of a store's records (`RECORD_COLUMNS`); extra is null where there is none
     tokens   list of fixed-size lists: (length, d) float32 or float16
     codes    list of uint16, (N,), where the store has them
 
@@ -9,7 +9,6 @@ The streaming format is what `datasets.Dataset.from_file` maps into memory; the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,6 +18,7 @@ import torch
 
 from dove_fast.store.exporters import ExportFile, OnImage, code_array, ends_with, shards, token_array
 from dove_fast.store.reader import TokenRecord, TokenStore
+from dove_fast.store.records import RECORD_COLUMNS, record_columns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -73,13 +73,7 @@ def _schema(store: TokenStore) -> pyarrow.Schema:
 
     value = pyarrow.float16() if store.dtype == torch.float16 else pyarrow.float32()
     fields = [
-        ("key", pyarrow.string()),
-        ("source", pyarrow.string()),
-        ("length", pyarrow.int32()),
-        ("width", pyarrow.int32()),
-        ("height", pyarrow.int32()),
-        ("eos_probability", pyarrow.float32()),
-        ("extra", pyarrow.string()),
+        *RECORD_COLUMNS.items(),
         ("tokens", pyarrow.list_(pyarrow.list_(value, int(store.manifest["settings"]["width"])))),
     ]
     if store.has_codes:
@@ -106,10 +100,7 @@ def _batches(
 def _batch(records: list[TokenRecord], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
     import pyarrow
 
-    names = ("key", "source", "length", "width", "height", "eos_probability")
-    columns = [pyarrow.array([getattr(record, name) for record in records], schema.field(name).type) for name in names]
-    extra = [None if record.extra is None else json.dumps(record.extra, ensure_ascii=False) for record in records]
-    columns.append(pyarrow.array(extra, pyarrow.string()))
+    columns = [pyarrow.array(values, schema.field(name).type) for name, values in record_columns(records).items()]
     each = schema.field("tokens").type.value_type
     values = pyarrow.array(np.concatenate([token_array(record).reshape(-1) for record in records]))
     tokens = pyarrow.FixedSizeListArray.from_arrays(values, each.list_size)
