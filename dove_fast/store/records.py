@@ -136,7 +136,8 @@ def read_errors(directory: Path) -> list[InputError]:
     """Return what a store's errors.jsonl lists; nothing where there is none. Raises `StoreError` for a damaged one."""
     path = directory / ERRORS_NAME
     try:
-        return [InputError(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines(), which also breaks at characters that keys may hold.
+        return [InputError(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         return []
     except (OSError, TypeError, ValueError) as error:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dove_fast.errors import StoreError
 from dove_fast.store.claims import Claims
@@ -21,12 +19,13 @@ from dove_fast.store.layout import (
     tokens_path,
     write_manifest,
 )
-from dove_fast.store.records import read_unit
+from dove_fast.store.records import InputError, read_errors, read_unit
 
 __all__ = ["Damage", "drop_units", "verify"]
 
 # Format 1 kept no checksums.
 FIRST_WITH_CHECKSUMS = 2
+CHECKSUMS = ("tokens_sha256", "records_sha256")
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,11 @@ def verify(
         raise StoreError(
             f"{root} has a damaged manifest: {len(shards)} shards of {manifest['settings']['units']} units"
         )
+    lacking = [number for number, entry in enumerate(shards) if not {*CHECKSUMS} <= entry.keys()]
+    if lacking:
+        raise StoreError(f"{root} has a damaged manifest: shard {lacking[0]} has no {' or no '.join(CHECKSUMS)}")
     found: list[Damage] = []
-    errors: list[dict[str, Any]] = []
+    errors: list[InputError] = []
     for number, entry in enumerate(shards):
         damage = [
             item
@@ -78,7 +80,7 @@ def verify(
         ):
             damage.append(Damage(number, records_path(root, number).name, "belongs to another store or another place"))
         found += damage
-        errors += [asdict(error) for error in unit.errors] if unit is not None else []
+        errors += unit.errors if unit is not None else ()
         if on_unit is not None:
             on_unit(number + 1, len(shards))
     # Where a unit is damaged its errors are not known.
@@ -99,13 +101,10 @@ def _check(unit: int, path: Path, expected: str) -> Damage | None:
     return Damage(unit, f"{path.parent.name}/{path.name}", reason)
 
 
-def _listed_errors(root: Path) -> list[Any] | None:
+def _listed_errors(root: Path) -> list[InputError] | None:
     try:
-        text = (root / ERRORS_NAME).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError):
+        return read_errors(root)
+    except StoreError:
         return None
 
 

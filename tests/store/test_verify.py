@@ -10,6 +10,7 @@ from made_stores import fill, settings, write
 
 from dove_fast import StoreError, TokenStore
 from dove_fast.store.claims import Claims
+from dove_fast.store.records import InputError, read_errors
 from dove_fast.store.verify import Damage, drop_units, verify
 from dove_fast.store.writer import StoreWriter
 
@@ -56,6 +57,20 @@ def test_a_changed_list_of_errors_is_found(store):
     assert verify(store)[1] == [Damage(None, "errors.jsonl", "is not what the units say")]
 
 
+def test_keys_may_hold_what_some_take_for_the_end_of_a_line(tmp_path):
+    errors = [InputError(f"a{character}b", "in", character) for character in "\u2028\u2029\x85\x1c\r\n"]
+    writer = StoreWriter(tmp_path / "s", settings(6), {"torch": "test"})
+    writer.begin()
+    for unit in writer.missing:
+        with writer.shard(unit) as shard:
+            for error in errors if unit == 0 else []:
+                shard.set_aside(error)
+    writer.finish()
+    writer.close()
+    assert read_errors(tmp_path / "s") == errors
+    assert verify(tmp_path / "s")[1] == []
+
+
 def test_stores_that_cannot_be_verified(store, tmp_path):
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
@@ -66,6 +81,10 @@ def test_stores_that_cannot_be_verified(store, tmp_path):
         verify(store)
     (store / "manifest.json").write_text(json.dumps({**manifest, "shards": manifest["shards"][:2]}))
     with pytest.raises(StoreError, match="2 shards of 3 units"):
+        verify(store)
+    del manifest["shards"][1]["records_sha256"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="damaged manifest: shard 1 has no tokens_sha256 or no records_sha256"):
         verify(store)
 
 
