@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dove_fast.data.listing import printable
-from dove_fast.data.sources import URL, EncodedImage, SourceOptions, Unusable, hash_keys
+from dove_fast.data.sources import EncodedImage, SourceOptions, Unusable, hash_keys
+from dove_fast.data.urls import URL, opened_url
 
 __all__ = ["ParquetSource"]
 
@@ -188,9 +189,7 @@ def _opened(name: str) -> Iterator[Any]:
 
     with contextlib.ExitStack() as stack:
         if URL.match(name):
-            import fsspec
-
-            source = stack.enter_context(fsspec.open(name, "rb"))
+            source: Any = stack.enter_context(opened_url(name))
         else:
             # As bytes, for a file's name need not be UTF-8.
             source = stack.enter_context(pyarrow.OSFile(os.fsencode(name)))

@@ -18,8 +18,9 @@ from typing import IO, Any
 
 from dove_fast.data.formats import SUFFIXES
 from dove_fast.data.listing import printable
-from dove_fast.data.sources import PIPE, URL, EncodedImage, Unusable, hash_keys
+from dove_fast.data.sources import PIPE, EncodedImage, Unusable, hash_keys
 from dove_fast.data.tar import ForwardFile, Member, content, members, open_tar, what_is_wrong
+from dove_fast.data.urls import URL, opened_url
 
 __all__ = ["MAX_IMAGE_BYTES", "ShardSource"]
 
@@ -125,17 +126,7 @@ def _opened(shard: str) -> Iterator[IO[bytes] | ForwardFile]:
         with _piped(shard.removeprefix(PIPE)) as stream:
             yield stream
     elif URL.match(shard):
-        # It comes with torch.
-        import fsspec
-
-        try:
-            opened = fsspec.open(shard, "rb").open()
-        except OSError:
-            raise
-        except Exception as error:
-            # No such protocol, a package that is missing, and what the libraries for the network raise.
-            raise OSError(errno.EINVAL, f"cannot be opened: {type(error).__name__}: {error}", shard) from error
-        with opened as stream:
+        with opened_url(shard) as stream:
             yield ForwardFile(stream)
     else:
         with open(shard, "rb") as file:

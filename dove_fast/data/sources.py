@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dove_fast.data.listing import ImageInput, list_inputs, printable
+from dove_fast.data.urls import URL
 
 __all__ = ["EncodedImage", "FileSource", "Source", "SourceOptions", "Unusable", "hash_keys", "open_source"]
 
 TAR, PARQUET = ".tar", ".parquet"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 PIPE = "pipe:"
 
 

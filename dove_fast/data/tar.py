@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import tarfile
@@ -44,7 +43,7 @@ class Member:
 class ForwardFile:
     """A stream that cannot seek (a pipe, a download) as a file that can, a little back and any way forward.
 
-    `ended`: whether its end was met. Whatever the stream raises comes as `OSError`.
+    `ended`: whether its end was met.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -83,13 +82,7 @@ class ForwardFile:
         return result
 
     def _fill(self, size: int) -> bytes:
-        try:
-            part = self._stream.read(size)
-        except OSError:
-            raise
-        except Exception as error:
-            # File systems on a network raise what their libraries do.
-            raise OSError(errno.EIO, f"reading failed: {type(error).__name__}: {error}") from error
+        part = self._stream.read(size)
         self.ended = not part
         self._end += len(part)
         self._history += part[-HISTORY:]

@@ -398,8 +398,8 @@ def test_a_url_equals_the_file_and_is_closed(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     path = write(tmp_path / "a.parquet", {"image": [b"%d" % row for row in range(20)]}, row_group_size=7)
     opened = []
-    plain = fsspec.core.OpenFile.__enter__
-    monkeypatch.setattr(fsspec.core.OpenFile, "__enter__", lambda self: opened.append(plain(self)) or opened[-1])
+    plain = fsspec.core.OpenFile.open
+    monkeypatch.setattr(fsspec.core.OpenFile, "open", lambda self: opened.append(plain(self)) or opened[-1])
     source, local = (open_source(name, SourceOptions(shard_size=6)) for name in (f"file://{path}", path))
     assert source.identity() == local.identity() and list(source.keys()) == list(local.keys())
     for unit in range(4):
@@ -411,3 +411,22 @@ def test_a_url_equals_the_file_and_is_closed(tmp_path, monkeypatch):
         open_source("memory://dove-fast-test/nowhere.parquet")
     with pytest.raises(ValueError, match="nosuch"):
         open_source("nosuch://host/a.parquet")
+
+
+def test_what_a_url_raises_in_the_middle_is_an_oserror(tmp_path, monkeypatch):
+    memory = pytest.importorskip("fsspec.implementations.memory")
+    path = write(tmp_path / "a.parquet", {"image": [b"%d" % row * 1000 for row in range(20)]}, row_group_size=7)
+    url = "memory://dove-fast-test/a.parquet"
+    with pytest.importorskip("fsspec").open(url, "wb") as file:
+        file.write(path.read_bytes())
+    source = open_source(url, SourceOptions(shard_size=6))
+    plain = memory.MemoryFile.read
+
+    def fail(file, *size):
+        if file.tell() < 1000:
+            raise RuntimeError("503 Slow Down")
+        return plain(file, *size)
+
+    monkeypatch.setattr(memory.MemoryFile, "read", fail)
+    with pytest.raises(OSError, match="reading failed: RuntimeError: 503 Slow Down"):
+        list(source.read(0))

@@ -206,10 +206,16 @@ def test_pipes_and_urls(tmp_path):
     source = open_source(f"pipe:cat {tmp_path}/a-{{1..2}}.tar")
     assert (kind(source), source.units, keys(source)) == ("webdataset", 2, ["a-1", "a-2"])
     # A URL is opened when it is read, not before.
-    for url in ("https://nowhere.invalid/{00..04}.tar?key=x.y", "s3://bucket/{00..04}.tar", "FILE:///x/{00..04}.TAR"):
+    for url in (
+        "https://nowhere.invalid/{00..04}.tar?key=x.y",
+        "s3://bucket/{00..04}.tar",
+        "FILE:///x/{00..04}.TAR",
+        "simplecache::s3://bucket/{00..04}.tar",
+    ):
         source = open_source(url)
         assert (kind(source), source.units) == ("webdataset", 5)
-    assert keys(open_source(f"file://{tmp_path}/a-2.tar")) == ["a-2"]
+    for url in (f"file://{tmp_path}/a-2.tar", f"simplecache::file://{tmp_path}/a-2.tar"):
+        assert keys(open_source(url)) == ["a-2"]
     assert keys(open_source(listing(tmp_path / "list.txt", f"file://{tmp_path}/a-{{1..2}}.tar"))) == ["a-1", "a-2"]
     parquets(tmp_path, "p")
     source = open_source(f"file://{tmp_path}/p.parquet")

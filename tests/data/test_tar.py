@@ -31,19 +31,6 @@ class Few(io.RawIOBase):
         return self._file.read(min(size, self._most))
 
 
-class Failing(io.RawIOBase):
-    """Gives some bytes, and then raises."""
-
-    def __init__(self, data: bytes, error: Exception) -> None:
-        self._file, self._error = io.BytesIO(data), error
-
-    def read(self, size: int = -1) -> bytes:
-        part = self._file.read(size)
-        if not part:
-            raise self._error
-        return part
-
-
 def archive(*files: tuple[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=format) as tar:
@@ -155,17 +142,6 @@ def test_a_size_that_is_damaged_does_not_become_memory():
     few = Few(RANDOM, 1 << 30)
     assert ForwardFile(few).read(1 << 50) == RANDOM
     assert few.largest <= 1 << 20
-
-
-def test_what_a_stream_raises_is_an_oserror():
-    class LibraryError(Exception):
-        pass
-
-    with pytest.raises(OSError, match="reading failed: LibraryError: 503") as raised:
-        ForwardFile(Failing(b"abc", LibraryError("503"))).read(5)
-    assert isinstance(raised.value.__cause__, LibraryError)
-    with pytest.raises(ConnectionResetError, match="gone"):
-        ForwardFile(Failing(b"abc", ConnectionResetError("gone"))).read(5)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
