@@ -51,10 +51,10 @@ def ragged(rows: list[torch.Tensor]) -> RaggedTokens:
     return RaggedTokens(torch.cat(rows), offsets, max(lengths))
 
 
-def fill(writer: StoreWriter, bad: frozenset[int] = frozenset()) -> None:
-    """Write the units that are missing, in batches of two; inputs in `bad` are set aside."""
+def fill(writer: StoreWriter, bad: frozenset[int] = frozenset(), only: list[int] | None = None) -> None:
+    """Write the units that are missing, or `only` some, in batches of two; inputs in `bad` are set aside."""
     size, count = writer.settings.shard_size, writer.settings.inputs
-    for unit in writer.missing:
+    for unit in writer.missing if only is None else only:
         with writer.shard(unit) as shard:
             inputs = range(unit * size, min((unit + 1) * size, count))
             for index in bad.intersection(inputs):

@@ -98,7 +98,7 @@ def tokenize_with_ray(
             # Before anything is written.
             stack.enter_context(connected(ray, address, processes))
         # Takes over what is done, and finishes the store where nothing is missing.
-        job.run([])
+        job.conclude()
         before = None
         # Again, as long as there was something: another job may have died and left its unit.
         while (units := job.missing) and len(units) != before:
@@ -107,7 +107,7 @@ def tokenize_with_ray(
             with contextlib.closing(_rows(ray, task, units, pool)) as rows:
                 for row in rows:
                     tally.add(row)
-            job.run([])
+            job.conclude()
         report = job.report()
     if report.already_complete:
         return report
@@ -206,7 +206,7 @@ class _Units:
             if self._job is None:
                 self._job = self._open()
             self._job.run([unit])
-            done = unit not in self._job.missing
+            done = self._job.is_done(unit)
         except StoreError as error:
             failure, why = "refused", str(error)
         except JobError as error:

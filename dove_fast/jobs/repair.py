@@ -12,9 +12,8 @@ from dove_fast.errors import StoreError
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.progress import OnProgress
 from dove_fast.jobs.queries import Ids
-from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, plan, tokenize
+from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, tokenize
 from dove_fast.store.layout import read_manifest
-from dove_fast.store.verify import drop_units
 
 __all__ = ["options_of", "repair", "source_of"]
 
@@ -55,17 +54,18 @@ def repair(
 ) -> TokenizeReport:
     """Do `units` of a complete store again; `source` None reads from where its last run did.
 
-    Everything is checked before anything is removed: the same inputs, model and settings. On the device, with the
-    versions and the number of threads of the first time the bytes are the same again, too.
+    Everything is checked before: the same inputs, model and settings. On the device, with the versions and the number
+    of threads of the first time the bytes are the same again, too. What the units were is kept if they had more images.
     Raises what `tokenize` raises.
     """
     manifest = read_manifest(Path(directory))
     options = replace(options_of(manifest), workers=workers)
     origin = source_of(manifest) if source is None else source
-    if not os.path.exists(origin) and source is None and "://" not in os.fspath(origin):
+    try:
+        return tokenize(origin, directory, loaded, options, queries=queries, again=units, on_progress=on_progress)
+    except FileNotFoundError as error:
+        if source is not None:
+            raise
         raise StoreError(
-            f"{directory} was made from {origin}, which is not there; say where its images are now (--input)"
-        )
-    plan(origin, directory, loaded, options, queries)
-    drop_units(directory, units)
-    return tokenize(origin, directory, loaded, options, queries=queries, on_progress=on_progress)
+            f"{directory} was made from {origin}: {error}; say where its images are now (--input)"
+        ) from error

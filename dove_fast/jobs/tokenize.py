@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -44,9 +44,10 @@ class TokenizeOptions:
 
     How it is made: `batch_size`: images encoded at a time; twice as many are generated together. `workers`: processes
     that decode, 0 to decode in this one; None for one a core, at most `MAX_DEFAULT_WORKERS`, and one for every
-    `INPUTS_A_WORKER` inputs. `max_errors`: stop when more inputs are set aside. `join`: work beside the jobs that write
-    the same store. `rank`, `world_size`: do units rank, rank + world_size, ..; the others are other jobs', which may be
-    on other machines, need no network and may begin together.
+    `INPUTS_A_WORKER` inputs. `max_errors`: stop when more inputs are set aside. `retry_errors`: do the units that set
+    inputs aside again, because what was wrong is mended; needs the store to itself. `join`: work beside the jobs that
+    write the same store. `rank`, `world_size`: do units rank, rank + world_size, ..; the others are other jobs', which
+    may be on other machines, need no network and may begin together.
     """
 
     length: int | None = None
@@ -62,6 +63,7 @@ class TokenizeOptions:
     codes: bool = False
     workers: int | None = None
     max_errors: int | None = None
+    retry_errors: bool = False
     join: bool = False
     rank: int = 0
     world_size: int = 1
@@ -72,6 +74,8 @@ class TokenizeOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.retry_errors and (self.join or self.world_size > 1):
+            raise ValueError("retry_errors needs the store to itself, so it goes without join, world_size and Ray")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be from 0 to {self.world_size - 1} (world_size - 1), got {self.rank}")
         if self.token_dtype is not None and self.token_dtype not in TOKEN_DTYPES:
@@ -93,7 +97,8 @@ class TokenizeReport:
 
     `computed` images took `seconds`; `stages` says which share of them each stage was busy. `already_complete` means
     that there was nothing to do; without `complete`, `missing` units are for others to do, or to be done again.
-    `quantization_error`: `||int8 - tokens|| / ||tokens||`, None where tokens are kept as they are.
+    `quantization_error`: `||int8 - tokens|| / ||tokens||`, None where tokens are kept as they are. `kept`: units that
+    were done again and have fewer images than before; what they were is in the store's folder `REPLACED_NAME`.
     """
 
     inputs: int
@@ -107,6 +112,7 @@ class TokenizeReport:
     complete: bool
     already_complete: bool
     quantization_error: float | None = None
+    kept: tuple[int, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -117,16 +123,18 @@ def tokenize(
     options: TokenizeOptions | None = None,
     *,
     queries: Mapping[str, Ids | str] | None = None,
+    again: Collection[int] | None = None,
     on_progress: OnProgress | None = None,
     on_image: OnImage | None = None,
 ) -> TokenizeReport:
     """Tokenise the images that `source` stands for (see `open_source`) into a token store at `output`.
 
     A store that was begun with the same inputs and settings is finished: units that are done are not computed again.
-    Inputs that cannot be decoded are set aside with their reason. `queries` gives token ids by key, or texts,
-    which the model's tokenizer turns into ids before anything else; where keys are only known by reading, a query
-    for a key that does not come is not noticed. `on_progress` sees how far it is, after every batch; `on_image` every
-    image's key, token count and pixels.
+    Inputs that cannot be decoded are set aside with their reason. `queries` gives token ids by key, or texts, which the
+    model's tokenizer turns into ids before anything else; where keys are only known by reading, a query for a key that
+    does not come is not noticed. `again`: units that are done once more, also of a complete store, such as damaged
+    ones; what they were is kept if they had more images (`TokenizeReport.kept`). `on_progress` sees how far it is,
+    after every batch; `on_image` every image's key, token count and pixels.
 
     Raises, before anything is written, `FileNotFoundError`, `ValueError` and `TypeError` for what cannot be used and
     `StoreError` for an output that is something else or that another job is writing; then `JobError` when the disk or
@@ -139,6 +147,7 @@ def tokenize(
         loaded,
         options or TokenizeOptions(),
         queries=queries,
+        again=again,
         on_progress=on_progress,
         on_image=on_image,
     )
@@ -161,12 +170,16 @@ class TokenizeJob:
         options: TokenizeOptions,
         *,
         queries: Mapping[str, Ids | str] | None = None,
+        again: Collection[int] | None = None,
         on_progress: OnProgress | None = None,
         on_image: OnImage | None = None,
     ) -> None:
         self._options = options
         self._source, query_ids, self._writer = plan(source, output, loaded, options, queries)
-        self._already_complete = self._writer.complete
+        self._again = again
+        if again is None and options.retry_errors:
+            self._again = self._writer.units_with_errors or None
+        self._already_complete = self._writer.complete and self._again is None
         self._begun = False
         self._seconds = 0.0
         self._workers = _workers(options, self._source.inputs)
@@ -189,21 +202,32 @@ class TokenizeJob:
 
     def begin(self) -> None:
         """Make the store, or join those who write it."""
-        if not self._begun and not self._writer.complete:
+        if not self._begun and not self._already_complete:
             with stopping(RESUME):
-                self._writer.begin(join=self._options.join or self._options.world_size > 1)
+                self._writer.begin(join=self._options.join or self._options.world_size > 1, again=self._again)
             self._begun = True
 
     def run(self, units: Collection[int] | None = None) -> None:
-        """Do the units that are missing, or of these those in `units`; whoever does the last one finishes the store."""
+        """Do the units that are missing, and `conclude`; or only those of them that are in `units`."""
+        self._do(lambda: self._work.run(units))
+
+    def conclude(self) -> None:
+        """Take over what others did; if all units are done, finish the store."""
+        self._do(self._work.conclude)
+
+    def _do(self, work: Callable[[], None]) -> None:
         start = time.perf_counter()
         try:
             self.begin()
             if not self._writer.complete:
                 with stopping(RESUME):
-                    self._work.run(units)
+                    work()
         finally:
             self._seconds += time.perf_counter() - start
+
+    def is_done(self, unit: int) -> bool:
+        """Tell whether a unit is done, by whomever."""
+        return self._writer.is_done(unit)
 
     def close(self) -> None:
         """Leave the store to others."""
@@ -213,10 +237,10 @@ class TokenizeJob:
         """Return what there is now, and what this job did."""
         writer, inputs = self._writer, self._source.inputs
         return TokenizeReport(
-            inputs=writer.records + len(writer.errors) if inputs is None else inputs,
+            inputs=writer.records + writer.error_count if inputs is None else inputs,
             records=writer.records,
             tokens=writer.tokens,
-            errors=len(writer.errors),
+            errors=writer.error_count,
             units=self._source.units,
             missing=len(writer.missing),
             computed=self._work.images,
@@ -224,6 +248,7 @@ class TokenizeJob:
             complete=writer.complete,
             already_complete=self._already_complete,
             quantization_error=writer.quantization_error,
+            kept=tuple(writer.kept),
             stages=self._work.clock.shares(self._seconds, self._workers),
         )
 

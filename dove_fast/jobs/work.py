@@ -119,9 +119,9 @@ class Work:
         self._start = time.perf_counter()
 
     def run(self, units: Collection[int] | None = None) -> None:
-        """Do every unit that is missing, this job's to do, and nobody's at the moment; the last one finishes the store.
+        """Do every unit that is missing, this job's to do, and nobody's at the moment, and then `conclude`.
 
-        `units`: do no others than these. May be called again for more.
+        `units`: do of these alone, and look at no others; `conclude` is the caller's. May be called again for more.
         Raises `JobError` beyond `max_errors`, `StoreError` for a key that comes a second time.
         """
         try:
@@ -131,11 +131,19 @@ class Work:
                 self._report()
                 # Again, as long as there was something: another job may have died and left its unit.
                 while self._once(decoders, units):
-                    self._writer.refresh()
+                    self._writer.refresh(units)
         except BaseException:
             with contextlib.suppress(OSError):
                 self._writer.write_errors(self._set_aside)
             raise
+        if units is None:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Take over what others did; if all units are done, finish the store.
+
+        Raises `StoreError` for a key that comes a second time.
+        """
         self._writer.refresh()
         if not self._writer.missing:
             # Those of the units that others did meanwhile.
@@ -145,11 +153,10 @@ class Work:
         self._report()
 
     def _count(self) -> None:
-        """Take over what is done, which costs a look at every unit."""
         writer = self._writer
-        self._finished_errors = len(writer.errors)
-        self._finished = writer.records + self._finished_errors
-        self._finished_units = self._settings.units - len(writer.missing)
+        self._finished_errors = writer.error_count
+        self._finished = writer.records + writer.error_count
+        self._finished_units = writer.units_done
 
     def _learn_keys(self) -> None:
         if self._source.unique_keys or self._settings.units == 1:
@@ -191,9 +198,8 @@ class Work:
 
     def _chunks(self, units: Collection[int] | None) -> Generator[_Chunk, None, None]:
         """Claim units, and yield their inputs."""
-        for unit in self._writer.missing:
-            ours = unit % self._limits.world_size == self._limits.rank and (units is None or unit in units)
-            if not ours or not self._writer.claim(unit):
+        for unit in self._writer.missing if units is None else sorted(units):
+            if unit % self._limits.world_size != self._limits.rank or not self._writer.claim(unit):
                 continue
             items: list[EncodedImage | Unusable] = []
             size = 0
@@ -298,6 +304,7 @@ class Work:
         tokens = RaggedTokens.from_rows([item.tokens for item in items]).to("cpu")
         if self._settings.dtype in DTYPES:
             tokens = tokens.to(DTYPES[self._settings.dtype])
+        self._check_finite(tokens, read)
         probabilities = torch.stack([item.eos_probability for item in items]).tolist()
         codes = [item.codes for item in items if item.codes is not None]
         rows = [
@@ -314,6 +321,15 @@ class Work:
         self.images += len(items)
         self.tokens += tokens.values.shape[0]
         self._report()
+
+    def _check_finite(self, tokens: RaggedTokens, read: Sequence[_Read]) -> None:
+        if tokens.values.isfinite().all():
+            return
+        key = next(image.key for image, row in zip(read, tokens, strict=True) if not row.isfinite().all())
+        raise JobError(
+            f"tokens of {key!r} are not finite in {self._settings.dtype}; if the model is sound, another --token-dtype "
+            "(bfloat16, float32) holds them"
+        )
 
     def _report(self) -> None:
         if self._on_progress is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from dove_fast.errors import StoreError
@@ -15,7 +17,7 @@ from dove_fast.store.layout import LOCK_NAME
 __all__ = ["Claims"]
 
 # Bytes of the lock file; locks lie behind its end, where nothing is written.
-PRESENCE, FIRST_UNIT = 0, 16
+PRESENCE, MANIFEST, FIRST_UNIT = 0, 1, 16
 # A file system without locks answers one of these.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 # A lock of another process.
@@ -94,6 +96,15 @@ class Claims:
         """Let others join: what only the first one does is done."""
         fcntl.lockf(self._file, fcntl.LOCK_SH, 1, PRESENCE)
         self.alone = False
+
+    @contextlib.contextmanager
+    def manifest(self) -> Iterator[None]:
+        """Have the manifest to oneself for the length of the block, to read it and write it."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, MANIFEST)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, MANIFEST)
 
     def claim(self, unit: int) -> bool:
         """Take a unit; false if another process has it."""

@@ -142,7 +142,9 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest, by temporary file and rename; `content` is what follows the format's name and version."""
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
     with replacing(directory / MANIFEST_NAME) as file:
-        file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        # A path that is no UTF-8 has surrogates, which become JSON's escapes of the same form.
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

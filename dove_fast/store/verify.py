@@ -1,30 +1,29 @@
-"""Checking a store byte by byte, and dropping the units that are damaged so that they can be done again."""
+"""Checking a store byte by byte."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dove_fast.errors import StoreError
-from dove_fast.store.claims import Claims
 from dove_fast.store.layout import (
     ERRORS_NAME,
+    MANIFEST_NAME,
     hash_file,
     read_manifest,
     records_path,
     settings_id,
     tokens_path,
-    write_manifest,
 )
 from dove_fast.store.records import InputError, read_errors, read_unit
 
-__all__ = ["Damage", "drop_units", "verify"]
+__all__ = ["Damage", "verify"]
 
 # Format 1 kept no checksums.
 FIRST_WITH_CHECKSUMS = 2
+NOT_THE_UNITS = "is not what the units say"
 CHECKSUMS = ("tokens_sha256", "records_sha256")
 
 
@@ -42,7 +41,8 @@ def verify(
 ) -> tuple[int, list[Damage]]:
     """Read every byte of a complete store, and return how many units it has and what is damaged, in order.
 
-    Every file is compared with the checksum that was taken when it was written; errors.jsonl with what the units say.
+    Every file is compared with the checksum that was taken when it was written; errors.jsonl and the manifest's counts
+    with what the units say.
     `on_unit` is called with the units that are checked and all units. Raises `FileNotFoundError` and `StoreError` as
     `TokenStore` does, and `StoreError` for a store that is not complete, or of format 1, which has no checksums.
     """
@@ -63,6 +63,7 @@ def verify(
         raise StoreError(f"{root} has a damaged manifest: shard {lacking[0]} has no {' or no '.join(CHECKSUMS)}")
     found: list[Damage] = []
     errors: list[InputError] = []
+    counts: list[tuple[int, int]] = []
     for number, entry in enumerate(shards):
         damage = [
             item
@@ -80,12 +81,23 @@ def verify(
         ):
             damage.append(Damage(number, records_path(root, number).name, "belongs to another store or another place"))
         found += damage
-        errors += unit.errors if unit is not None else ()
+        if unit is not None:
+            errors += unit.errors
+            counts.append((unit.records, unit.tokens))
         if on_unit is not None:
             on_unit(number + 1, len(shards))
     # Where a unit is damaged its errors are not known.
-    if not found and _listed_errors(root) != errors:
-        found.append(Damage(None, ERRORS_NAME, "is not what the units say"))
+    if not found:
+        if _listed_errors(root) != errors:
+            found.append(Damage(None, ERRORS_NAME, NOT_THE_UNITS))
+        records, tokens = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        totals = manifest["totals"]
+        if counts != [(entry["records"], entry["tokens"]) for entry in shards] or (
+            totals["records"],
+            totals["tokens"],
+            totals["errors"],
+        ) != (records, tokens, len(errors)):
+            found.append(Damage(None, MANIFEST_NAME, NOT_THE_UNITS))
     return len(shards), found
 
 
@@ -106,19 +118,3 @@ def _listed_errors(root: Path) -> list[InputError] | None:
         return read_errors(root)
     except StoreError:
         return None
-
-
-def drop_units(directory: str | os.PathLike[str], units: list[int]) -> None:
-    """Remove units' files and mark the store as not complete, so that the job that wrote it does them again.
-
-    Raises `StoreError` if a job is writing the store.
-    """
-    root = Path(directory)
-    with contextlib.closing(Claims(root, join=False)):
-        manifest = read_manifest(root)
-        # First, so that nobody takes a store for whole that lacks units.
-        content = {name: manifest[name] for name in ("settings", "environments")}
-        write_manifest(root, {"complete": False, **content})
-        for unit in units:
-            for path in (records_path(root, unit), tokens_path(root, unit)):
-                path.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,15 @@ from dove_fast.store.layout import (
     write_manifest,
 )
 from dove_fast.store.records import InputError, Unit, read_table, read_unit, write_records
+from dove_fast.store.replaced import set_back, settle
 from dove_fast.store.shard import ShardWriter
 
 __all__ = ["StoreWriter"]
 
 # How many settings an error message compares.
 MAX_SETTINGS_NAMED = 5
+# Between tries to be the first job, where that one died.
+ENTER_SECONDS = 0.05
 
 
 class StoreWriter:
@@ -45,6 +49,9 @@ class StoreWriter:
     joins those that write it, `shard` writes one unit, `finish` the end, `close` leaves; each of these raises `OSError`
     if the disk does. Between `claim` and `release` a unit is this writer's alone.
     `environment` says what ran (versions, device); it is kept in the manifest and decides nothing.
+
+    `records`, `tokens`, `error_count`: images, their tokens and what was set aside in the units that are done. `kept`,
+    after `finish`: the units that were done again and have fewer images than before, which are in `REPLACED_NAME`.
     """
 
     def __init__(self, directory: Path, settings: StoreSettings, environment: Mapping[str, Any]) -> None:
@@ -56,6 +63,10 @@ class StoreWriter:
         self._environment = dict(environment)
         self._environments: list[dict[str, Any]] = []
         self._units: dict[int, Unit] = {}
+        # In order, and without a look at all units for each.
+        self._missing = dict.fromkeys(range(settings.units))
+        self.records = self.tokens = self.error_count = 0
+        self.kept: list[int] = []
         self._claims: Claims | None = None
         self.complete = False
         if self._exists():
@@ -102,12 +113,27 @@ class StoreWriter:
         self.refresh()
         self.complete = manifest["complete"] and not self.missing
 
-    def refresh(self) -> None:
-        """Find the units that others have finished."""
-        for index in self.missing:
-            unit = self._done(index)
+    def refresh(self, units: Collection[int] | None = None) -> None:
+        """Find the units that others have finished, all or some of them."""
+        for index in self.missing if units is None else units:
+            self.is_done(index)
+
+    def _add(self, index: int, unit: Unit) -> None:
+        self._units[index] = unit
+        del self._missing[index]
+        self.records += unit.records
+        self.tokens += unit.tokens
+        self.error_count += len(unit.errors)
+
+    def _set_back(self, units: Collection[int]) -> None:
+        for index in units:
+            set_back(self.directory, index)
+            unit = self._units.pop(index, None)
             if unit is not None:
-                self._units[index] = unit
+                self.records -= unit.records
+                self.tokens -= unit.tokens
+                self.error_count -= len(unit.errors)
+        self._missing = {index: None for index in range(self.settings.units) if index not in self._units}
 
     def _done(self, index: int) -> Unit | None:
         unit = read_unit(records_path(self.directory, index))
@@ -122,14 +148,24 @@ class StoreWriter:
     @property
     def missing(self) -> list[int]:
         """The units that are not done, in order."""
-        return [index for index in range(self.settings.units) if index not in self._units]
+        return list(self._missing)
+
+    @property
+    def units_done(self) -> int:
+        """How many units are done."""
+        return len(self._units)
+
+    @property
+    def units_with_errors(self) -> list[int]:
+        """The units that are done and set inputs aside, in order."""
+        return sorted(index for index, unit in self._units.items() if unit.errors)
 
     def is_done(self, index: int) -> bool:
         """Tell whether a unit is done, by whomever."""
         if index not in self._units:
             unit = self._done(index)
             if unit is not None:
-                self._units[index] = unit
+                self._add(index, unit)
         return index in self._units
 
     @property
@@ -138,44 +174,51 @@ class StoreWriter:
         return [error for _, unit in sorted(self._units.items()) for error in unit.errors]
 
     @property
-    def records(self) -> int:
-        """Images in the units that are done."""
-        return sum(unit.records for unit in self._units.values())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the units that are done."""
-        return sum(unit.tokens for unit in self._units.values())
-
-    @property
     def quantization_error(self) -> float | None:
         """`||int8 - tokens|| / ||tokens||` over the units that are done; None where tokens are kept as they are."""
         norm = sum(unit.squared_norm for unit in self._units.values())
         error = sum(unit.squared_error for unit in self._units.values())
         return math.sqrt(error / norm) if norm else None
 
-    def begin(self, *, join: bool = False) -> None:
+    def begin(self, *, join: bool = False, again: Collection[int] | None = None) -> None:
         """Make the directory and its manifest, and remove what a killed run left behind; or join who is at work there.
 
-        Raises `StoreError` if another job is at work and `join` is false.
+        `again`: units that are done once more, also of a complete store; what they were is kept until `finish`.
+        Raises `StoreError` if another job is at work and `join` is false, or there is something to do `again`.
         """
         make_directory(self.directory)
-        self._claims = Claims(self.directory, join=join)
-        if self._exists():
-            # What another job did between the making of this writer and its lock.
-            self._read()
-        if self.complete:
-            return
-        if self._environment not in self._environments:
-            self._environments.append(self._environment)
-        if self._claims.alone:
-            remove_temporaries(self.directory)
-            # Before the folders: a directory without a manifest that holds anything is not ours to write into.
+        self._claims = claims = self._entered(join)
+        with claims.manifest():
+            if self._exists():
+                # What another job did between the making of this writer and its lock.
+                self._read()
+            if again is not None:
+                if not claims.alone:
+                    raise StoreError(f"{self.directory} is being written by another job; wait for it to do units again")
+                self.complete = False
+            if self.complete:
+                return
+            if claims.alone:
+                remove_temporaries(self.directory)
+            # Before the folders: a directory without a manifest that holds anything is not ours to write into. And
+            # before units are set back: nobody takes a store for whole that lacks them.
             self._write_manifest(complete=False)
+        if claims.alone:
             for path in (self.directory / "tokens", self.directory / "records"):
                 make_directory(path)
                 remove_temporaries(path)
-            self._claims.share()
+            self._set_back(again or ())
+            claims.share()
+
+    def _entered(self, join: bool) -> Claims:
+        while True:
+            claims = Claims(self.directory, join=join)
+            made = all((self.directory / name).exists() for name in (MANIFEST_NAME, "tokens", "records"))
+            if claims.alone or made:
+                return claims
+            # The first job died before it had made the store: somebody else is the first one now.
+            claims.close()
+            time.sleep(ENTER_SECONDS)
 
     def claim(self, index: int) -> bool:
         """Take unit `index`; false if it is done, or another job's at the moment."""
@@ -217,7 +260,7 @@ class StoreWriter:
             yield writer
             unit = writer.finish()
         write_records(records_path(self.directory, index), writer.rows, unit)
-        self._units[index] = unit
+        self._add(index, unit)
 
     @property
     def _codes(self) -> int | None:
@@ -248,17 +291,22 @@ class StoreWriter:
         for folder in ("tokens", "records"):
             remove_temporaries(self.directory / folder)
         self.write_errors()
-        self._write_manifest(complete=True)
+        self.kept = settle(self.directory, self._units)
+        with self._at_work().manifest():
+            self._environments = read_manifest(self.directory)["environments"]
+            self._write_manifest(complete=True)
         self.complete = True
 
     def _write_manifest(self, *, complete: bool) -> None:
+        if self._environment not in self._environments:
+            self._environments.append(self._environment)
         content: dict[str, Any] = {
             "complete": complete,
             "settings": self._plain,
             "environments": self._environments,
         }
         if complete:
-            content["totals"] = {"records": self.records, "tokens": self.tokens, "errors": len(self.errors)}
+            content["totals"] = {"records": self.records, "tokens": self.tokens, "errors": self.error_count}
             if self.quantization_error is not None:
                 content["totals"]["quantization_error"] = self.quantization_error
             content["shards"] = [

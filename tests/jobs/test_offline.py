@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -20,8 +21,10 @@ from dove_fast import StoreError, TokenStore
 from dove_fast.atomic import is_temporary
 from dove_fast.data import ShortSideCenterCrop, decode_image
 from dove_fast.failures import JobError
-from dove_fast.jobs import TokenizeOptions, tokenize
+from dove_fast.jobs import LoadedModel, TokenizeOptions, tokenize
+from dove_fast.jobs.repair import repair
 from dove_fast.jobs.tokenize import TokenizeJob
+from dove_fast.store import writer
 
 OPTIONS = TokenizeOptions(batch_size=3, shard_size=4, workers=0)
 
@@ -136,6 +139,7 @@ def test_a_job_that_runs_twice_does_not_take_its_own_keys_for_repeated_ones(tmp_
     job = TokenizeJob(tmp_path / "shards", tmp_path / "s", loaded, JOINING)
     for unit in range(3):
         job.run([unit])
+    job.conclude()
     job.close()
     assert job.report().complete
 
@@ -144,6 +148,7 @@ SECOND = """
 import sys
 from dove_fast.jobs import TokenizeOptions, load_model
 from dove_fast.jobs.tokenize import TokenizeJob
+from dove_fast.store import writer
 
 shards, store, model = sys.argv[1:]
 options = TokenizeOptions(batch_size=3, workers=0, join=True)
@@ -158,7 +163,7 @@ def test_jobs_that_join_find_a_key_that_each_has_once(tmp_path, photos, loaded):
     job.begin()
     subprocess.run([sys.executable, "-c", SECOND, tmp_path / "shards", tmp_path / "s", tmp_path / "model"], check=True)
     with pytest.raises(StoreError, match="came before, and a store's keys must be unique"):
-        job.run([0])
+        job.run()
     job.close()
 
 
@@ -282,3 +287,80 @@ def test_progress_adds_up(tmp_path, photos, loaded):
     assert last.stage_seconds["encode"] > 0
     assert sum(seconds for stage, seconds in last.stage_seconds.items() if stage != "decode") < last.elapsed
     assert set(report.stages) == {"decode", "wait", "encode", "generate", "write"}
+
+
+def test_what_was_set_aside_is_tried_again_once_it_is_mended(tmp_path, photos, loaded):
+    whole = (photos / "deep/05.png").read_bytes()
+    store = tmp_path / "s"
+    tokenize(photos, tmp_path / "expected", loaded, OPTIONS)
+    (photos / "deep/05.png").write_bytes(whole[:50])
+    assert tokenize(photos, store, loaded, OPTIONS).errors == 1
+    before = contents(store)
+    retry = replace(OPTIONS, retry_errors=True)
+    # Still broken: the same again.
+    assert tokenize(photos, store, loaded, retry).computed == 3
+    assert contents(store) == before
+    (photos / "deep/05.png").write_bytes(whole)
+    assert tokenize(photos, store, loaded, OPTIONS).already_complete
+    report = tokenize(photos, store, loaded, retry)
+    assert (report.computed, report.errors, report.records, report.kept) == (4, 0, 10, ())
+    assert contents(store) == contents(tmp_path / "expected")
+    assert tokenize(photos, store, loaded, retry).already_complete
+    with pytest.raises(ValueError, match="needs the store to itself"):
+        replace(retry, join=True)
+
+
+def test_done_again_a_unit_loses_nothing(tmp_path, photos, loaded):
+    store = tmp_path / "s"
+    tokenize(photos, store, loaded, OPTIONS)
+    before = contents(store)
+    for path in sorted(photos.rglob("*.*"))[:2]:
+        path.write_bytes(b"")
+    report = repair(store, [0, 1, 2], loaded)
+    assert report.errors == 2
+    assert sorted(report.kept) and set(report.kept) < {0, 1, 2}
+    for unit in report.kept:
+        for name in (f"records/{unit:05d}.parquet", f"tokens/{unit:05d}.safetensors"):
+            assert (store / "replaced" / name).read_bytes() == before[name]
+
+
+@pytest.mark.parametrize("pattern", ["{}/train-{{000..002}}.tar", "{}/*.tar", "pipe:cat {}/train-{{000..002}}.tar"])
+def test_repair_reads_what_the_store_was_made_from(tmp_path, photos, loaded, pattern):
+    write_shards(tmp_path / "shards", photos)
+    tokenize(pattern.format(tmp_path / "shards"), tmp_path / "s", loaded, OPTIONS)
+    before = contents(tmp_path / "s")
+    assert repair(tmp_path / "s", [1], loaded).computed == 4
+    assert contents(tmp_path / "s") == before
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, photos, loaded):
+    odd = os.fsdecode(bytes(tmp_path) + b"/p\xff")
+    os.rename(photos, odd)
+    tokenize(odd, tmp_path / "s", loaded, OPTIONS)
+    assert TokenStore(tmp_path / "s").manifest["environments"][0]["source"] == odd
+    assert repair(tmp_path / "s", [0], loaded).computed == 4
+
+
+def test_tokens_that_a_dtype_does_not_hold_stop_the_job(tmp_path, photos, loaded, monkeypatch):
+    model = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        model.generator.final_layer_norm.weight.mul_(1e6)
+    large = LoadedModel(model, model.fingerprint())
+    with pytest.raises(JobError, match=r"tokens of '00\.jpg' are not finite in float16; .* another --token-dtype"):
+        tokenize(photos, tmp_path / "s", large, replace(OPTIONS, token_dtype="float16"))
+    assert tokenize(photos, tmp_path / "t", large, OPTIONS).complete
+
+
+def test_a_unit_alone_costs_no_look_at_the_others(tmp_path, photos, loaded, monkeypatch):
+    looks = []
+    plain = writer.read_unit
+    monkeypatch.setattr(writer, "read_unit", lambda path: looks.append(path.name) or plain(path))
+    job = TokenizeJob(photos, tmp_path / "s", loaded, replace(OPTIONS, shard_size=1))
+    job.begin()
+    looks.clear()
+    job.run([7])
+    assert set(looks) == {"00007.parquet"}
+    assert job.is_done(7) and not job.is_done(6)
+    job.conclude()
+    assert job.missing == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    job.close()

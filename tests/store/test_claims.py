@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
+from made_stores import fill, settings
 
-from dove_fast import StoreError
+from dove_fast import StoreError, TokenStore
 from dove_fast.store import claims
 from dove_fast.store.claims import Claims
+from dove_fast.store.layout import read_manifest, write_manifest
+from dove_fast.store.writer import StoreWriter
 
 # A second process: prints what it got, and waits for a line.
 OTHER = """
@@ -112,3 +116,40 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
         Claims(tmp_path, join=False)
     monkeypatch.undo()
     assert Claims(tmp_path, join=False).alone
+
+
+@pytest.mark.parametrize("made", ["nothing", "the manifest"])
+def test_who_joins_a_job_that_died_before_the_store_was_made_makes_it(tmp_path, other, made):
+    process, said = other("alone", "not yet")
+    assert said == "alone"
+    writer = StoreWriter(tmp_path, settings(8), {"torch": "test"})
+    if made == "the manifest":
+        writer._write_manifest(complete=False)
+    begun = threading.Thread(target=writer.begin, kwargs={"join": True})
+    begun.start()
+    begun.join(0.2)
+    assert begun.is_alive()
+    process.kill()
+    begun.join(20)
+    assert not begun.is_alive()
+    fill(writer)
+    writer.finish()
+    assert len(TokenStore(tmp_path)) == 8
+
+
+def test_the_manifest_names_what_ran_in_all_jobs(tmp_path):
+    """One after the other, each with a part of the units, as jobs that join have them."""
+    for number, units in enumerate(([0], [1, 2])):
+        writer = StoreWriter(tmp_path, settings(8), {"batch_size": number})
+        writer.begin(join=True)
+        for unit in units:
+            assert writer.claim(unit)
+        fill(writer, only=units)
+        if not writer.missing:
+            # Who finishes the store does not take back what others wrote after it had read.
+            written = read_manifest(tmp_path)
+            ran = [*written["environments"], {"batch_size": 7}]
+            write_manifest(tmp_path, {"complete": False, "settings": written["settings"], "environments": ran})
+            writer.finish()
+        writer.close()
+    assert TokenStore(tmp_path).manifest["environments"] == [{"batch_size": 0}, {"batch_size": 1}, {"batch_size": 7}]

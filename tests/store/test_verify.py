@@ -1,4 +1,4 @@
-"""verify finds a flipped bit anywhere and whatever is missing; drop_units makes room for doing it again."""
+"""verify finds a flipped bit anywhere and whatever is missing; units that are done again leave what they were."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from made_stores import fill, settings, write
 from dove_fast import StoreError, TokenStore
 from dove_fast.store.claims import Claims
 from dove_fast.store.records import InputError, read_errors
-from dove_fast.store.verify import Damage, drop_units, verify
+from dove_fast.store.verify import Damage, verify
 from dove_fast.store.writer import StoreWriter
 
 BAD = frozenset({1, 6})
@@ -88,22 +88,54 @@ def test_stores_that_cannot_be_verified(store, tmp_path):
         verify(store)
 
 
-def test_dropped_units_are_done_again_to_the_same_bytes(store):
+def test_units_are_done_again_to_the_same_bytes(store):
     whole = contents(store)
-    drop_units(store, [0, 2])
+    writer = StoreWriter(store, settings(8), {"torch": "test"})
+    writer.begin(again=[0, 2])
+    assert writer.missing == [0, 2]
+    assert (store / "replaced/records/00002.parquet").read_bytes() == whole["records/00002.parquet"]
     with pytest.raises(StoreError, match="is not complete"):
         TokenStore(store)
-    writer = StoreWriter(store, settings(8), {"torch": "test"})
-    assert writer.missing == [0, 2]
-    writer.begin()
     fill(writer, BAD)
     writer.finish()
     assert contents(store) == whole
 
 
-def test_units_of_a_store_that_is_being_written_are_not_dropped(store):
+def test_units_of_a_store_that_is_being_written_are_not_done_again(store):
     held = Claims(store, join=False)
-    with pytest.raises(StoreError, match="is being written"):
-        drop_units(store, [0])
+    writer = StoreWriter(store, settings(8), {"torch": "test"})
+    for join in (False, True):
+        with pytest.raises(StoreError, match="is being written by another job"):
+            writer.begin(join=join, again=[0])
     held.close()
     assert verify(store) == (3, [])
+
+
+def test_what_a_unit_was_is_kept_if_it_had_more(store):
+    whole = contents(store)
+    writer = StoreWriter(store, settings(8), {"torch": "test"})
+    writer.begin(again=[0, 2])
+    fill(writer, BAD | {7})
+    writer.finish()
+    assert writer.kept == [2]
+    kept = {name.removeprefix("replaced/"): data for name, data in contents(store).items() if "replaced" in name}
+    assert kept == {name: whole[name] for name in ("tokens/00002.safetensors", "records/00002.parquet")}
+    # As soon as there is as much, it goes.
+    again = StoreWriter(store, settings(8), {"torch": "test"})
+    writer.close()
+    again.begin(again=again.units_with_errors)
+    fill(again, BAD)
+    again.finish()
+    assert (again.kept, contents(store)) == ([], whole)
+
+
+@pytest.mark.parametrize("place", [("totals", "tokens"), ("totals", "errors"), ("shards", 1, "records")])
+def test_counts_of_the_manifest_are_checked(store, place):
+    manifest = json.loads((store / "manifest.json").read_text())
+    *path, last = place
+    inner = manifest
+    for name in path:
+        inner = inner[name]
+    inner[last] += 1
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(store)[1] == [Damage(None, "manifest.json", "is not what the units say")]
