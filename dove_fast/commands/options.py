@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dove_fast.jobs import LoadedModel
+    from dove_fast.jobs import LoadedModel, TokenizeReport
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -24,6 +24,7 @@ __all__ = [
     "fail",
     "load",
     "positive",
+    "warn_of_kept",
 ]
 
 EXIT_DONE, EXIT_SET_ASIDE, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
@@ -36,6 +37,17 @@ def fail(code: int, message: str) -> int:
     """Print one line on stderr and return the exit code."""
     print(f"dove-fast: {message}", file=sys.stderr)
     return code
+
+
+def warn_of_kept(store: str, report: TokenizeReport) -> int:
+    """Say which units have fewer images than before they were done again; returns the exit code, 0 for none."""
+    if not report.kept:
+        return EXIT_DONE
+    units = ", ".join(map(str, report.kept))
+    return fail(
+        EXIT_SET_ASIDE,
+        f"units {units} have fewer images than before (errors.jsonl says why); what they were is in {store}/replaced",
+    )
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from dove_fast.commands.options import EXIT_DONE, EXIT_STOPPED, add_command
+from dove_fast.commands.options import EXIT_DONE, EXIT_STOPPED, add_command, warn_of_kept
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -19,7 +19,8 @@ EXAMPLES = """examples:
   dove-fast verify store/ --repair --input photos/ --checkpoint model/
 
 Every file is compared with the checksum that was taken when it was written. Damage that is found and
-not repaired is exit code 3. --repair does the damaged units again, and needs the same images and model."""
+not repaired is exit code 3. --repair does the damaged units again, and needs the same images and model; where
+one has fewer images then, what it was stays in STORE/replaced, and the exit code is 1."""
 
 
 def add(commands: Commands) -> None:
@@ -80,4 +81,4 @@ def _repair(arguments: argparse.Namespace, damaged: list[int]) -> int:
     print(
         f"{arguments.store}: {len(damaged)} units were done again, {report.computed} images in {report.seconds:.1f} s"
     )
-    return EXIT_DONE
+    return warn_of_kept(arguments.store, report)

@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 from small_models import micro_model
 
-from dove_fast import DOVE, CheckpointError, DOVEConfig
+from dove_fast import DOVE, CheckpointError, DOVEConfig, RaggedTokens
 from dove_fast.cli import main
 from dove_fast.data import decode_image, list_inputs
 from dove_fast.data.crop import RandomCrop, cut
 from dove_fast.evaluation import laplacian_variance, rank_correlation
 from dove_fast.models.shipped import SHIPPED
+from dove_fast.store.shard import quantize_tokens
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 CROPS = 24
@@ -100,3 +101,15 @@ def test_info_describes_it(model, capsys):
     out = capsys.readouterr().out
     assert "Checkpoint tiny" in out and "Parameters, F16" in out
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" in out
+
+
+def test_int8_costs_a_hundredth_of_a_decibel(model, crops):
+    tokens = model.tokenize(crops)
+    steps, scales = quantize_tokens(tokens.values)
+    kept = RaggedTokens.from_rows(list((steps * scales[:, None]).split(list(tokens.host_lengths))))
+
+    def psnr(tokens: RaggedTokens) -> float:
+        errors = (model.decode(tokens).clamp(0, 1) - crops / 255).square().flatten(1).mean(dim=1)
+        return float(-10 * errors.log10().mean())
+
+    assert 0 < psnr(tokens) - psnr(kept) < 0.02
