@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from dove_fast.commands.options import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
+    EXIT_REFUSED,
     EXIT_SET_ASIDE,
     EXIT_STOPPED,
     add_command,
@@ -21,13 +23,14 @@ from dove_fast.commands.options import (
     fail,
     load,
     positive,
+    warn_of_kept,
 )
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
     from dove_fast.jobs import TokenizeOptions, TokenizeReport
     from dove_fast.jobs.progress import OnProgress, Progress
-    from dove_fast.jobs.report import Extremes
+    from dove_fast.jobs.report import Curve, Extremes, RunFigures
 
 __all__ = ["add"]
 
@@ -44,8 +47,8 @@ named with their reason in OUTPUT/errors.jsonl."""
 
 # The report stands in the store.
 REPORT_NAME = "report.html"
-# Points of the curve in the report.
-CURVE_SECONDS = 1.0
+# Options of one process that works alone.
+NOT_WITH_SEVERAL = ("rank", "world_size", "dry_run", "metrics", "prometheus", "retry_errors")
 
 
 def add(commands: Commands) -> None:
@@ -95,6 +98,9 @@ def add(commands: Commands) -> None:
     running = parser.add_argument_group("how it runs")
     running.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one a core, at most 8)")
     running.add_argument("--max-errors", type=int, metavar="N", help="stop when more inputs are set aside")
+    running.add_argument(
+        "--retry-errors", action="store_true", help="do the shards again that set inputs aside, once they are mended"
+    )
     running.add_argument("--join", action="store_true", help="work beside the jobs that write the same OUTPUT")
     running.add_argument("--rank", type=int, metavar="R", help="do every W-th unit from the R-th on (see --world-size)")
     running.add_argument(
@@ -119,6 +125,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     from dove_fast.jobs import read_queries
+    from dove_fast.jobs.loading import own_device
     from dove_fast.jobs.ranks import rank_from
 
     if arguments.devices is not None:
@@ -128,8 +135,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ray_address is not None or arguments.processes is not None:
         raise ValueError("--ray-address and --processes are for --engine ray")
     rank = rank_from(os.environ) if arguments.rank is None and arguments.world_size is None else None
-    if rank is not None and arguments.device is None:
-        arguments.device = _own_device(rank.local)
+    if rank is not None:
+        arguments.device = own_device(arguments.device, rank.local)
     options = _options(arguments, (rank.rank, rank.world_size) if rank is not None else None)
     queries = read_queries(arguments.queries) if arguments.queries is not None else None
     loaded = load(arguments)
@@ -141,14 +148,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from dove_fast.jobs import tokenize
     from dove_fast.jobs.display import progress_bar
-    from dove_fast.jobs.report import Extremes
+    from dove_fast.jobs.report import Curve, Extremes
 
-    extremes = None if arguments.no_report else Extremes()
-    curve: list[tuple[float, int]] = [(0.0, 0)]
+    extremes, curve = Extremes(), Curve()
 
     def remember(progress: Progress) -> None:
-        if progress.elapsed - curve[-1][0] >= CURVE_SECONDS:
-            curve.append((progress.elapsed, progress.images))
+        curve.add(progress.elapsed, progress.images)
 
     with progress_bar("tokenize") as show, _watching(arguments, remember, show) as on_progress:
         report = tokenize(
@@ -158,17 +163,9 @@ def run(arguments: argparse.Namespace) -> int:
             options,
             queries=queries,
             on_progress=on_progress,
-            on_image=None if extremes is None else extremes.add,
+            on_image=None if arguments.no_report else extremes.add,
         )
-    if extremes is not None and report.complete and not report.already_complete:
-        _write_report(Path(arguments.output), report, extremes, curve, loaded.model.device.type)
-    return _say(arguments.output, report)
-
-
-def _own_device(local: int) -> str | None:
-    import torch
-
-    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+    return _conclude(arguments, report, loaded.model.device.type, curve, extremes)
 
 
 def _options(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> TokenizeOptions:
@@ -192,6 +189,7 @@ def _options(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> Tok
         codes=arguments.codes,
         workers=arguments.workers,
         max_errors=arguments.max_errors,
+        retry_errors=arguments.retry_errors,
         join=arguments.join,
         rank=rank[0] if rank is not None else 0,
         world_size=rank[1] if rank is not None else 1,
@@ -201,6 +199,7 @@ def _options(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> Tok
 @contextlib.contextmanager
 def _watching(arguments: argparse.Namespace, remember: OnProgress, show: OnProgress | None) -> Iterator[OnProgress]:
     """Tell everybody who asked how far the job is."""
+    from dove_fast.failures import stopping
     from dove_fast.jobs.metrics import MetricsLog, MetricsServer
 
     with contextlib.ExitStack() as stack:
@@ -222,46 +221,59 @@ def _watching(arguments: argparse.Namespace, remember: OnProgress, show: OnProgr
             for watcher in watchers:
                 watcher(progress)
 
-        try:
-            yield tell
-        finally:
+        def tell_last() -> None:
             if log is not None and last:
                 log.update(last[0], last=True)
 
+        try:
+            yield tell
+        except BaseException:
+            # What stopped the job counts, and not that its last line is missing too.
+            with contextlib.suppress(OSError):
+                tell_last()
+            raise
+        with stopping(f"the last line of {arguments.metrics} is missing, the images are done"):
+            tell_last()
 
-def _write_report(
-    output: Path,
-    report: TokenizeReport,
-    extremes: Extremes,
-    curve: list[tuple[float, int]],
-    device: str,
-) -> None:
-    from itertools import pairwise
 
-    from dove_fast.jobs.report import ReportData, write_report
-    from dove_fast.store import TokenStore
-    from dove_fast.store.records import read_errors
+def _conclude(
+    arguments: argparse.Namespace, report: TokenizeReport, device: str, curve: Curve, extremes: Extremes
+) -> int:
+    """Say what came of a run, leave its report in the store, and return the exit code."""
+    from dove_fast.jobs.report import RunFigures
 
-    store = TokenStore(output)
-    rates = [(end, (after - before) / (end - start)) for (start, before), (end, after) in pairwise(curve)]
-    settings = {name: value for name, value in store.manifest["settings"].items() if name not in ("config",)}
-    write_report(
-        output / REPORT_NAME,
-        ReportData(
-            title=f"Token store {output.name}",
-            lengths=store.lengths,
-            num_tokens=store.config.num_tokens,
-            computed=report.computed,
-            seconds=report.seconds,
-            device=device,
-            shares=report.stages,
-            settings=settings,
-            throughput=rates,
-            longest=extremes.longest,
-            shortest=extremes.shortest,
-            errors=read_errors(output),
-        ),
+    code = _say(arguments.output, report)
+    if not report.complete:
+        return code
+    figures = RunFigures(
+        computed=report.computed,
+        seconds=report.seconds,
+        device=device,
+        shares=report.stages,
+        throughput=curve.rates(),
+        longest=extremes.longest,
+        shortest=extremes.shortest,
     )
+    return max(code, _write_report(arguments, None if report.already_complete else figures))
+
+
+def _write_report(arguments: argparse.Namespace, figures: RunFigures | None) -> int:
+    """Write the report of a complete store, without `figures` only where there is none; returns the exit code."""
+    from dove_fast.errors import DoveError
+    from dove_fast.failures import stopping
+    from dove_fast.jobs.report import store_report, write_report
+
+    output = Path(arguments.output)
+    path = output / REPORT_NAME
+    if arguments.no_report or (figures is None and path.exists()):
+        return EXIT_DONE
+    try:
+        with stopping("run the same command again to write it"):
+            write_report(path, store_report(output, figures))
+    except DoveError as error:
+        # Neither wrong use nor a job that has to go on.
+        return fail(EXIT_STOPPED, f"the store is complete, but its report could not be written: {error}")
+    return EXIT_DONE
 
 
 def _say(output: str, report: TokenizeReport) -> int:
@@ -291,8 +303,9 @@ def _say(output: str, report: TokenizeReport) -> int:
     if not report.complete:
         print(f"{report.missing} of {report.units} units are other jobs', or were left by them; run again to finish")
     if report.errors:
-        print(f"dove-fast: {report.errors} inputs were set aside, see {output}/errors.jsonl", file=sys.stderr)
-    return EXIT_SET_ASIDE if report.errors else EXIT_DONE
+        again = "; --retry-errors tries them again once they are mended" if report.already_complete else ""
+        print(f"dove-fast: {report.errors} inputs were set aside, see {output}/errors.jsonl{again}", file=sys.stderr)
+    return max(warn_of_kept(output, report), EXIT_SET_ASIDE if report.errors else EXIT_DONE)
 
 
 def _run_with_ray(arguments: argparse.Namespace) -> int:
@@ -302,11 +315,20 @@ def _run_with_ray(arguments: argparse.Namespace) -> int:
     from dove_fast.jobs import read_queries
     from dove_fast.jobs.display import progress_bar
     from dove_fast.jobs.ray_engine import tokenize_with_ray
+    from dove_fast.jobs.report import Curve, Extremes
 
-    _refuse(arguments, "--engine ray", ("rank", "world_size", "dry_run", "metrics", "prometheus"))
+    _refuse(arguments, "--engine ray", NOT_WITH_SEVERAL)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     queries = read_queries(arguments.queries) if arguments.queries is not None else None
-    with progress_bar("tokenize") as on_progress:
+    curve, start = Curve(), time.perf_counter()
+    with progress_bar("tokenize") as show:
+
+        def tell(progress: Progress) -> None:
+            # Its own time is that of the last look at the store.
+            curve.add(time.perf_counter() - start, progress.images)
+            if show is not None:
+                show(progress)
+
         report = tokenize_with_ray(
             arguments.input,
             arguments.output,
@@ -318,9 +340,9 @@ def _run_with_ray(arguments: argparse.Namespace) -> int:
             address=arguments.ray_address,
             processes=arguments.processes,
             gpus_each=0 if device == "cpu" else 1,
-            on_progress=on_progress,
+            on_progress=tell,
         )
-    return _say(arguments.output, report)
+    return _conclude(arguments, report, device, curve, Extremes())
 
 
 def _refuse(arguments: argparse.Namespace, option: str, others: tuple[str, ...]) -> None:
@@ -332,32 +354,50 @@ def _refuse(arguments: argparse.Namespace, option: str, others: tuple[str, ...])
 
 def _run_on_devices(arguments: argparse.Namespace) -> int:
     """Start one process a device, and tell when they are done what came of it."""
-    from dove_fast.jobs.ranks import run_on_devices
+    from dove_fast.errors import DoveError
+    from dove_fast.jobs.display import progress_bar
+    from dove_fast.jobs.ranks import StoreWatch, run_on_devices
+    from dove_fast.jobs.report import Curve, RunFigures
+    from dove_fast.store import TokenStore
 
     devices = [name.strip() for name in arguments.devices.split(",") if name.strip()]
     if not devices:
         raise ValueError("--devices must name devices, such as cuda:0,cuda:1")
     if arguments.engine == "ray":
         raise ValueError("--devices goes without --engine ray; see --processes")
-    _refuse(arguments, "--devices", ("device", "rank", "world_size", "dry_run", "metrics", "prometheus"))
+    _refuse(arguments, "--devices", ("device", *NOT_WITH_SEVERAL))
     given = list(arguments.argv)
     place = next(i for i, word in enumerate(given) if word.split("=")[0] == "--devices")
     del given[place : place + (1 if "=" in given[place] else 2)]
-    results = run_on_devices(given, devices)
-    codes = [code for _, code, _ in results]
-    for device, code, error in results:
-        if code not in (EXIT_DONE, EXIT_SET_ASIDE):
-            print(f"dove-fast: {device}: exit code {code}: {error.strip()}", file=sys.stderr)
+    curve, start = Curve(), time.perf_counter()
+    with progress_bar("units") as show:
+
+        def tell(progress: Progress) -> None:
+            curve.add(progress.elapsed, progress.images)
+            if show is not None:
+                show(progress)
+
+        watch = StoreWatch(Path(arguments.output), tell)
+        # One report, of what all of them did.
+        ended = run_on_devices([*given, "--no-report"], devices, on_poll=watch.poll)
+        seconds = time.perf_counter() - start
+        watch.look()
+    for process in ended:
+        if process.code not in (EXIT_DONE, EXIT_SET_ASIDE):
+            why = f": {process.error}" if process.error else ""
+            print(f"dove-fast: {process.device}: {process.how}{why}", file=sys.stderr)
+    codes = {process.code for process in ended}
     if EXIT_INTERRUPTED in codes:
         raise KeyboardInterrupt
-    from dove_fast.store import TokenStore
-
-    if all(code not in (EXIT_DONE, EXIT_SET_ASIDE) for code in codes):
-        return max(codes)
+    if codes.isdisjoint((EXIT_DONE, EXIT_SET_ASIDE)):
+        # Also for a signal, whose number is no exit code.
+        return EXIT_REFUSED if codes == {EXIT_REFUSED} else EXIT_STOPPED
     try:
         store = TokenStore(arguments.output)
-    except Exception as error:
+    except (DoveError, OSError) as error:
         return fail(EXIT_STOPPED, str(error))
     totals = store.manifest["totals"]
     print(f"{arguments.output}: {len(store)} images, {totals['tokens']} tokens, {totals['errors']} set aside")
-    return EXIT_SET_ASIDE if totals["errors"] else EXIT_DONE
+    figures = RunFigures(watch.images, seconds, ", ".join(devices), throughput=curve.rates())
+    code = EXIT_SET_ASIDE if totals["errors"] else EXIT_DONE
+    return max(code, _write_report(arguments, figures if watch.images else None))

@@ -6,11 +6,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
-from dove_fast.jobs.progress import OnProgress, Progress
+from dove_fast.jobs.progress import OnProgress, Progress, TimeLeft, describe_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +62,7 @@ def progress_bar(label: str) -> Iterator[OnProgress | None]:
     with Live(bar, console=console, transient=True) as live:
 
         def show(state: Progress) -> None:
-            completed, total = _extent(state)
+            completed, total = state.extent
             bar.update(task, completed=completed, total=total, text=pace.describe(state))
             if state.stages:
                 live.update(Group(bar, Text(describe_shares(state.stages), style="dim", no_wrap=True)))
@@ -71,33 +70,21 @@ def progress_bar(label: str) -> Iterator[OnProgress | None]:
         yield show
 
 
-def _extent(state: Progress) -> tuple[int, int | None]:
-    """Say how much is done of how much: of the inputs, or of the units where the inputs are not counted."""
-    if state.total is not None:
-        return state.done, state.total
-    return state.units_done, state.units if state.units > 1 else None
-
-
 class _Pace:
     """Puts the figures of a state into words, with speeds since this was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        # When the first state came, and how much earlier runs had done by then.
-        self._first: tuple[float, int] | None = None
+        self._left = TimeLeft()
 
     def describe(self, state: Progress) -> str:
         now = time.perf_counter()
-        completed, total = _extent(state)
-        first, before = self._first = self._first or (now, completed)
+        left = self._left.after(state, now)
         count = str(state.done) if state.total is None else f"{state.done}/{state.total}"
         rate = state.images / max(now - self._start, 1e-9)
         parts = [count, f"{rate:.1f} images/s", f"{state.tokens / max(state.images, 1):.1f} tokens"]
-        if total is not None:
-            # By the mean speed: one batch may take longer than any window of seconds.
-            speed = (completed - before) / max(now - first, 1e-9)
-            left = max(total - completed, 0)
-            parts.append(str(timedelta(seconds=round(left / speed))) if speed > 0 else "-:--:--")
+        if state.extent[1] is not None:
+            parts.append("-:--:--" if left is None else describe_seconds(left))
         if state.units > 1:
             parts.append(f"shard {state.units_done}/{state.units}")
         return " ".join(parts)

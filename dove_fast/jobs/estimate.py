@@ -14,6 +14,7 @@ from torch import Tensor
 from dove_fast.data import EncodedImage, ShortSideCenterCrop, Source, Unusable, load_image
 from dove_fast.generation import TokenStream
 from dove_fast.jobs.loading import LoadedModel
+from dove_fast.jobs.progress import describe_seconds
 from dove_fast.jobs.queries import Ids
 from dove_fast.jobs.tokenize import TokenizeOptions, plan
 from dove_fast.store.layout import TOKEN_DTYPES
@@ -59,7 +60,7 @@ class Estimate:
         if self.inputs is not None:
             left = self.inputs * (1 - self.units_done / self.units)
             lines.append(
-                f"that is {_duration(left / self.images_per_second)} or less for what is left, and "
+                f"that is {describe_seconds(left / self.images_per_second)} or less for what is left, and "
                 f"{self.inputs * self.bytes_per_image / 2**30:.2f} GiB for all"
             )
         lines.append("nothing was written")
@@ -129,9 +130,3 @@ def _bytes(mean: float, loaded: LoadedModel, dtype: str, codes: bool) -> float:
     scale = 4 if dtype == "int8" else 0
     token = config.generator.hidden_size * TOKEN_DTYPES[dtype].itemsize + scale
     return mean * token + RECORD_BYTES + (2 * config.num_features if codes else 0)
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, seconds_left = divmod(rest, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds_left:02d} s"

@@ -13,7 +13,7 @@ from dove_fast.models.shipped import SHIPPED
 from dove_fast.ops import registry
 from dove_fast.store.layout import DTYPES
 
-__all__ = ["LoadedModel", "default_device", "load_model"]
+__all__ = ["LoadedModel", "default_device", "load_model", "own_device"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,16 @@ class LoadedModel:
 def default_device() -> torch.device:
     """Return the GPU if there is one, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def own_device(device: str | None, local: int) -> str | None:
+    """Return the GPU of its own that the `local`-th process of a machine has, where `device` is None or "cuda".
+
+    Any other device, and every one where there is no GPU, is returned as it is, for `load_model` to take or to refuse.
+    """
+    if device not in (None, "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def load_model(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from dove_fast.jobs.progress import Progress
+from dove_fast.jobs.progress import Progress, TimeLeft
 from dove_fast.jobs.stages import STAGES
 
 __all__ = ["MetricsLog", "MetricsServer"]
@@ -28,15 +28,15 @@ class MetricsLog:
     """Appends lines of JSON to the file at `path`, at most one every `seconds`, each flushed.
 
     A line tells `images_per_second` since the line before, the other speeds are means: `eta_seconds` goes by the inputs
-    that were done since the first update, by other jobs too. What is not known is null.
+    that were done since the first update, by other jobs too, or by the units where inputs are not counted. What is not
+    known is null.
     Opening it raises `OSError`, and so does writing. A line that a killed run left half stays, on a line of its own.
     """
 
     def __init__(self, path: str | os.PathLike[str], seconds: float = 10.0) -> None:
         self._seconds = seconds
         self._last_elapsed, self._last_images = 0.0, 0
-        # The elapsed time of the first update, and how much earlier runs had done by then.
-        self._first: tuple[float, int] | None = None
+        self._left = TimeLeft()
         half = _ends_in_half_a_line(path)
         self._file = open(path, "ab")  # noqa: SIM115 - open as long as the job
         if half:
@@ -44,24 +44,23 @@ class MetricsLog:
 
     def update(self, progress: Progress, *, last: bool = False) -> None:
         """Write a line if it is time for one; `last`, the end of the run, in any case."""
-        self._first = self._first or (progress.elapsed, progress.done)
+        left = self._left.after(progress, progress.elapsed)
         if not last and progress.elapsed - self._last_elapsed < self._seconds:
             return
-        line = json.dumps(self._line(progress), allow_nan=False)
+        line = json.dumps(self._line(progress, left), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         self._last_elapsed, self._last_images = progress.elapsed, progress.images
 
-    def _line(self, progress: Progress) -> dict[str, Any]:
+    def _line(self, progress: Progress, left: float | None) -> dict[str, Any]:
         since_last = progress.elapsed - self._last_elapsed
-        first, before = self._first or (progress.elapsed, progress.done)
-        speed = _ratio(progress.done - before, progress.elapsed - first)
-        left = None if progress.total is None else max(progress.total - progress.done, 0)
         return {
             "time": time.time(),
             "elapsed": progress.elapsed,
             "done": progress.done,
             "total": progress.total,
+            "units_done": progress.units_done,
+            "units": progress.units,
             "images": progress.images,
             "tokens": progress.tokens,
             "errors": progress.errors,
@@ -69,7 +68,7 @@ class MetricsLog:
             "images_per_second_mean": _ratio(progress.images, progress.elapsed),
             "mean_tokens": _ratio(progress.tokens, progress.images),
             "stages": progress.stages,
-            "eta_seconds": None if left is None or speed is None else _ratio(left, speed),
+            "eta_seconds": left,
         }
 
     def close(self) -> None:
@@ -170,6 +169,9 @@ def _exposition(progress: Progress) -> Iterator[str]:
     yield from _metric("inputs_done", "gauge", "Inputs that are done, by earlier runs too.", progress.done)
     if progress.total is not None:
         yield from _metric("inputs", "gauge", "Inputs of the job.", progress.total)
+    if progress.units:
+        yield from _metric("units_done", "gauge", "Units that are done, by earlier runs too.", progress.units_done)
+        yield from _metric("units", "gauge", "Units of the job.", progress.units)
     name = "stage_busy_seconds_total"
     yield from _head(name, "counter", "Seconds that a stage was busy, decode of all workers together.")
     for stage, seconds in {**dict.fromkeys(STAGES, 0.0), **progress.stage_seconds}.items():

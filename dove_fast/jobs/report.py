@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,16 @@ from torch import Tensor
 from dove_fast.atomic import replacing
 from dove_fast.jobs.display import flat_settings
 from dove_fast.jobs.info import length_histogram
-from dove_fast.store.records import InputError
+from dove_fast.store.reader import TokenStore
+from dove_fast.store.records import InputError, read_errors
 
-__all__ = ["Extreme", "Extremes", "ReportData", "write_report"]
+__all__ = ["Curve", "Extreme", "Extremes", "ReportData", "RunFigures", "store_report", "write_report"]
 
 # Errors that are named; of the others there is a number.
 MAX_ERRORS = 100
 # Pixels of a thumbnail's longer side, at most.
 THUMBNAIL = 128
+NO_PICTURES = "The longest and the shortest images are not shown: the process that wrote this page did not see them."
 # The drawings' own units, of which the text is 12 high.
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 72, 24, 16
 
@@ -106,27 +109,74 @@ class Extremes:
         return [entry[2] for entry in sorted(self._short, reverse=True)]
 
 
+class Curve:
+    """How many images a run had done when: a point every `spacing` seconds, at most `most` of them.
+
+    Where there would be more, every second one goes and the spacing doubles: a run may take weeks.
+    """
+
+    def __init__(self, spacing: float = 1.0, most: int = 2000) -> None:
+        self._spacing, self._most = spacing, most
+        self._points: list[tuple[float, int]] = [(0.0, 0)]
+
+    def add(self, elapsed: float, images: int) -> None:
+        """Remember `images` of the run at `elapsed` seconds, if the point before is far enough."""
+        if elapsed - self._points[-1][0] < self._spacing:
+            return
+        self._points.append((elapsed, images))
+        if len(self._points) > self._most:
+            self._points = self._points[::2]
+            self._spacing *= 2
+
+    def rates(self) -> list[tuple[float, float]]:
+        """Return elapsed seconds and the images/s since the point before."""
+        return [(end, (after - before) / (end - start)) for (start, before), (end, after) in pairwise(self._points)]
+
+
+@dataclass(frozen=True, eq=False)
+class RunFigures:
+    """What a report shows of the run that finished the store.
+
+    It `computed` so many images in `seconds`. `shares`: of these seconds, in which each stage was busy. `throughput`:
+    elapsed seconds and images/s, in order of time. `longest` and `shortest`: none where nobody saw the images.
+    """
+
+    computed: int
+    seconds: float
+    device: str
+    shares: Mapping[str, float] = field(default_factory=dict)
+    throughput: Sequence[tuple[float, float]] = ()
+    longest: Sequence[Extreme] = ()
+    shortest: Sequence[Extreme] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """What a report shows.
 
-    `lengths`: integers (images,), those of all images; `num_tokens`: the most an image can have. `computed`: images of
-    this run, which took `seconds`. `shares`: of these seconds, in which each stage was busy. `settings` may hold
-    mappings; those that are None are left out. `throughput`: elapsed seconds and images/s, in order of time.
+    `lengths`: integers (images,), those of all images; `num_tokens`: the most an image can have. `settings` may hold
+    mappings; those that are None are left out. `run`: None where the run that finished the store left no figures.
     """
 
     title: str
     lengths: np.ndarray
     num_tokens: int
-    computed: int
-    seconds: float
-    device: str
-    shares: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
-    throughput: Sequence[tuple[float, float]] = ()
-    longest: Sequence[Extreme] = ()
-    shortest: Sequence[Extreme] = ()
     errors: Sequence[InputError] = ()
+    run: RunFigures | None = None
+
+
+def store_report(directory: Path, run: RunFigures | None) -> ReportData:
+    """Return what a report shows of a complete store. Raises what `TokenStore` raises."""
+    store = TokenStore(directory)
+    return ReportData(
+        title=f"Token store {directory.name}",
+        lengths=store.lengths,
+        num_tokens=store.config.num_tokens,
+        settings={name: value for name, value in store.manifest["settings"].items() if name != "config"},
+        errors=read_errors(directory),
+        run=run,
+    )
 
 
 def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
@@ -149,11 +199,15 @@ def _page(data: ReportData) -> Iterator[str]:
     if len(data.lengths):
         yield "<h2>Lengths</h2>"
         yield from _histogram(length_histogram(data.lengths, data.num_tokens))
-    if len(data.throughput) > 1:
-        yield "<h2>Throughput</h2>"
-        yield from _line(data.throughput)
-    yield from _images("Most tokens", data.longest)
-    yield from _images("Fewest tokens", data.shortest)
+    if data.run is not None:
+        yield from _table("This run", _run(data.run))
+        if len(data.run.throughput) > 1:
+            yield "<h2>Throughput of this run</h2>"
+            yield from _line(data.run.throughput)
+        yield from _images("Most tokens of this run", data.run.longest)
+        yield from _images("Fewest tokens of this run", data.run.shortest)
+    if len(data.lengths) and (data.run is None or not data.run.longest):
+        yield f'<p class="faint">{NO_PICTURES}</p>'
     yield from _errors(data.errors)
     settings = [(name, str(value)) for name, value in flat_settings(data.settings) if value is not None]
     yield from _table("Settings", settings)
@@ -163,18 +217,20 @@ def _page(data: ReportData) -> Iterator[str]:
 def _summary(data: ReportData) -> Iterator[tuple[str, str]]:
     images, tokens = len(data.lengths), int(data.lengths.sum(dtype=np.int64))
     yield "images", f"{images:,}"
-    if data.computed != images:
-        yield "of this run", f"{data.computed:,}"
     yield "tokens", f"{tokens:,}"
     if images:
         yield "mean length", f"{tokens / images:.2f}"
     yield "errors", f"{len(data.errors):,}"
-    yield "seconds", f"{data.seconds:.1f}"
-    if data.computed and data.seconds > 0:
-        yield "images/s", f"{data.computed / data.seconds:.1f}"
-    for stage, share in data.shares.items():
+
+
+def _run(run: RunFigures) -> Iterator[tuple[str, str]]:
+    yield "computed", f"{run.computed:,}"
+    yield "seconds", f"{run.seconds:.1f}"
+    if run.computed and run.seconds > 0:
+        yield "images/s", f"{run.computed / run.seconds:.1f}"
+    for stage, share in run.shares.items():
         yield f"{stage} busy", f"{share:.1%}"
-    yield "device", data.device
+    yield "device", run.device
 
 
 def _table(title: str, rows: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> Iterator[str]:

@@ -17,14 +17,21 @@ REPLACED_NAME = "replaced"
 
 
 def set_back(directory: Path, unit: int) -> None:
-    """Move a unit's files out of the way, the records first: without them it is not done."""
+    """Move a unit's files out of the way, the records first: without them it is not done.
+
+    Of two that were set back one after the other, the one with more images stays.
+    """
     kept = directory / REPLACED_NAME
+    before, now = (read_unit(records_path(place, unit)) for place in (kept, directory))
+    worse = before is not None and (now is None or now.records < before.records)
     for path_of in (records_path, tokens_path):
-        target = path_of(kept, unit)
-        make_directory(kept)
+        path, target = path_of(directory, unit), path_of(kept, unit)
         make_directory(target.parent)
+        if worse:
+            path.unlink(missing_ok=True)
+            continue
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path_of(directory, unit), target)
+            os.replace(path, target)
 
 
 def settle(directory: Path, units: Mapping[int, Unit]) -> list[int]:

@@ -26,9 +26,11 @@ PROGRESS = Progress(
     errors=10,
     stage_seconds={"decode": 12.0, "encode": 5.0},
     workers=2,
+    units_done=3,
+    units=8,
 )
 # The same run's begin: earlier runs had done 100.
-BEGIN = replace(PROGRESS, elapsed=0.0, done=100, images=0, tokens=0, errors=0, stage_seconds={})
+BEGIN = replace(PROGRESS, elapsed=0.0, done=100, images=0, tokens=0, errors=0, stage_seconds={}, units_done=2)
 
 
 def lines_of(path) -> list[dict]:
@@ -65,6 +67,8 @@ def test_a_line_holds_every_figure(tmp_path):
             "elapsed": 20.0,
             "done": 150,
             "total": 400,
+            "units_done": 3,
+            "units": 8,
             "images": 40,
             "tokens": 500,
             "errors": 10,
@@ -93,14 +97,23 @@ def test_lines_come_at_most_so_often_and_at_the_end(tmp_path):
 
 def test_what_is_not_known_is_null(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
-    log.update(replace(BEGIN, total=None), last=True)
-    log.update(replace(PROGRESS, total=None), last=True)
+    log.update(replace(BEGIN, total=None, units=1, units_done=0), last=True)
+    log.update(replace(PROGRESS, total=None, units=1, units_done=0), last=True)
     log.update(replace(PROGRESS, done=400), last=True)
     log.close()
     nothing, unknown, done = lines_of(tmp_path / "m.jsonl")
     assert [nothing[name] for name in ("total", "images_per_second", "mean_tokens", "eta_seconds")] == [None] * 4
     assert (unknown["total"], unknown["eta_seconds"], unknown["images_per_second"]) == (None, None, 2.0)
     assert (done["eta_seconds"], done["images_per_second"]) == (0.0, None)
+
+
+def test_the_time_left_goes_by_units_where_inputs_are_not_counted(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.update(replace(BEGIN, total=None))
+    log.update(replace(PROGRESS, total=None))
+    log.close()
+    # One unit took 20 seconds, 5 are left.
+    assert [(line["total"], line["eta_seconds"]) for line in lines_of(tmp_path / "m.jsonl")] == [(None, 100.0)]
 
 
 def test_a_job_that_goes_on_appends(tmp_path):
@@ -148,6 +161,8 @@ def test_prometheus_gets_the_latest_figures(server):
         "dove_fast_errors_total": 10,
         "dove_fast_inputs_done": 150,
         "dove_fast_inputs": 400,
+        "dove_fast_units_done": 3,
+        "dove_fast_units": 8,
         'dove_fast_stage_busy_seconds_total{stage="decode"}': 12.0,
         'dove_fast_stage_busy_seconds_total{stage="wait"}': 0.0,
         'dove_fast_stage_busy_seconds_total{stage="encode"}': 5.0,
@@ -181,7 +196,12 @@ def test_the_text_format(server):
 def test_before_anything_is_done_and_without_a_total(server):
     found = metrics(server)
     assert set(found.values()) == {0.0}
-    assert "dove_fast_images_total" in found and "dove_fast_inputs" not in found
+    assert "dove_fast_images_total" in found
+    assert not {"dove_fast_inputs", "dove_fast_units"} & found.keys()
+    server.update(replace(PROGRESS, total=None))
+    found = metrics(server)
+    assert (found["dove_fast_units_done"], found["dove_fast_units"]) == (3, 8)
+    assert "dove_fast_inputs" not in found
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics/", "/metric", "/stage/metrics"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from made_stores import write
 from PIL import Image
 
 from dove_fast.atomic import is_temporary
-from dove_fast.jobs.report import Extreme, Extremes, ReportData, write_report
+from dove_fast.jobs.report import Curve, Extreme, Extremes, ReportData, RunFigures, store_report, write_report
 from dove_fast.store.records import InputError
 
 NASTY = "a/<script>alert('x')</script>&\"ü猫.jpg"
@@ -59,17 +61,27 @@ class Page(HTMLParser):
         return dict(zip(self.texts("th"), self.texts("td"), strict=True))
 
 
-def data(**changes) -> ReportData:
+def figures(**changes) -> RunFigures:
     values = {
-        "title": "photos",
-        "lengths": LENGTHS,
-        "num_tokens": 16,
         "computed": 6,
         "seconds": 4.0,
         "device": "cpu",
         "shares": {"decode": 0.351, "write": 0.01},
-        "settings": {"length": None, "transform": {"name": "crop", "size": 64}, "eos_threshold": 0.5},
         "throughput": [(1.0, 2.0), (2.0, 4.0), (4.0, 1.0)],
+        "longest": [Extreme("a", 16, pixels(0))],
+        "shortest": [Extreme("b", 1, pixels(1))],
+    }
+    return RunFigures(**(values | changes))
+
+
+def data(**changes) -> ReportData:
+    """Return what a report shows; changes of the run's figures are found by their names."""
+    values = {
+        "title": "photos",
+        "lengths": LENGTHS,
+        "num_tokens": 16,
+        "settings": {"length": None, "transform": {"name": "crop", "size": 64}, "eos_threshold": 0.5},
+        "run": figures(**{name: changes.pop(name) for name in [*changes] if name in RunFigures.__dataclass_fields__}),
     }
     return ReportData(**(values | changes))
 
@@ -91,6 +103,7 @@ def test_the_tables_say_what_was_done(tmp_path):
         "tokens": "28",
         "mean length": "4.67",
         "errors": "0",
+        "computed": "6",
         "seconds": "4.0",
         "images/s": "1.5",
         "decode busy": "35.1%",
@@ -100,12 +113,20 @@ def test_the_tables_say_what_was_done(tmp_path):
         "transform.size": "64",
         "eos_threshold": "0.5",
     }
-    assert page.texts("h2") == ["Summary", "Lengths", "Throughput", "Settings"]
 
 
-def test_a_run_that_went_on_counts_its_own_images(tmp_path):
-    rows = written(tmp_path, computed=2).rows()
-    assert (rows["images"], rows["of this run"], rows["images/s"]) == ("6", "2", "0.5")
+def test_what_is_the_runs_is_not_taken_for_the_stores(tmp_path):
+    page = written(tmp_path, computed=2)
+    of_store, of_run = (
+        ["Summary", "Lengths"],
+        [
+            *("This run", "Throughput of this run", "Most tokens of this run", "Fewest tokens of this run"),
+        ],
+    )
+    assert page.texts("h2") == [*of_store, *of_run, "Settings"]
+    assert page.texts("p")[1:] == []
+    rows = page.rows()
+    assert (rows["images"], rows["computed"], rows["images/s"]) == ("6", "2", "0.5")
     assert "images/s" not in written(tmp_path, computed=0, seconds=0.0).rows()
 
 
@@ -175,9 +196,7 @@ def test_the_first_errors_are_named(tmp_path):
 
 def test_nothing_is_taken_for_markup(tmp_path):
     error = InputError(NASTY, "x", "<b>broken</b> & 'cut' \udcff")
-    page = written(
-        tmp_path, title=NASTY, device=NASTY, settings={NASTY: NASTY}, errors=[error], shares={"<i>": 0.5}, longest=[]
-    )
+    page = written(tmp_path, title=NASTY, device=NASTY, settings={NASTY: NASTY}, errors=[error], shares={"<i>": 0.5})
     assert page.texts("h1") == [NASTY]
     rows = page.rows()
     assert rows["device"] == NASTY
@@ -190,7 +209,7 @@ def test_nothing_is_taken_for_markup(tmp_path):
 
 
 def test_the_page_loads_and_runs_nothing(tmp_path):
-    page = written(tmp_path, longest=[Extreme("a", 1, pixels(0))], errors=[InputError("k", "s", "r")])
+    page = written(tmp_path, longest=[Extreme("a", 1, pixels(0))], shortest=[], errors=[InputError("k", "s", "r")])
     for _, attributes, _ in page.elements:
         assert not any(name.startswith("on") or name in ("href", "srcset", "style") for name in attributes)
         assert attributes.get("src", "data:").startswith("data:")
@@ -203,9 +222,20 @@ def test_the_page_loads_and_runs_nothing(tmp_path):
 
 
 def test_no_images_and_no_errors(tmp_path):
-    page = written(tmp_path, lengths=np.zeros(0, np.int32), computed=0, throughput=[], shares={}, settings={})
-    assert page.rows() == {"images": "0", "tokens": "0", "errors": "0", "seconds": "4.0", "device": "cpu"}
-    assert page.texts("h2") == ["Summary"]
+    page = written(
+        tmp_path,
+        lengths=np.zeros(0, np.int32),
+        computed=0,
+        throughput=[],
+        shares={},
+        settings={},
+        longest=[],
+        shortest=[],
+    )
+    rows = {"images": "0", "tokens": "0", "errors": "0", "computed": "0", "seconds": "4.0", "device": "cpu"}
+    assert page.rows() == rows
+    assert page.texts("h2") == ["Summary", "This run"]
+    assert page.texts("p") == []
     assert page.attributes("svg") == page.attributes("img") == []
     assert "nan" not in (tmp_path / "report.html").read_text(encoding="utf-8").lower()
 
@@ -224,6 +254,53 @@ def test_an_earlier_report_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "none" / "report.html", data())
+
+
+NO_PICTURES = "The longest and the shortest images are not shown: the process that wrote this page did not see them."
+
+
+def test_a_page_without_pictures_says_so(tmp_path):
+    page = written(tmp_path, longest=[], shortest=[])
+    assert page.texts("p")[1:] == [NO_PICTURES]
+    assert page.texts("h2") == ["Summary", "Lengths", "This run", "Throughput of this run", "Settings"]
+
+
+def test_a_page_without_a_run_tells_of_the_store(tmp_path):
+    page = written(tmp_path, run=None)
+    assert page.texts("h2") == ["Summary", "Lengths", "Settings"]
+    assert page.texts("p")[1:] == [NO_PICTURES]
+    assert not {"computed", "seconds", "device"} & page.rows().keys()
+
+
+def test_a_report_on_a_store(tmp_path):
+    found = store_report(write(tmp_path / "s", bad=frozenset({2})), None)
+    assert (found.title, len(found.lengths), found.run) == ("Token store s", 7, None)
+    assert [error.key for error in found.errors] == ["k2"]
+    assert found.settings["fingerprint"] == "sha256:0"
+    # Hundreds of numbers, which `info` shows.
+    assert "config" not in found.settings
+
+
+def test_a_curve_has_a_point_for_every_second():
+    curve = Curve()
+    for tenth in range(35):
+        curve.add(tenth / 10, tenth)
+    assert curve.rates() == [(1.0, 10.0), (2.0, 10.0), (3.0, 10.0)]
+
+
+def test_a_curve_of_weeks_is_thinned_and_keeps_its_images():
+    curve = Curve(most=100)
+    for second in range(1, 100_001):
+        # Twice as fast in the second half.
+        curve.add(float(second), second + max(second - 50_000, 0))
+    rates = curve.rates()
+    assert 50 <= len(rates) <= 100
+    # As far apart everywhere, and to the end.
+    steps = {end - start for (start, _), (end, _) in pairwise([(0.0, 0.0), *rates])}
+    assert len(steps) == 1
+    assert rates[-1][0] > 98_000
+    assert (rates[0][1], rates[-1][1]) == (1.0, 2.0)
+    assert sum(rate * steps.copy().pop() for _, rate in rates) == rates[-1][0] * 2 - 50_000
 
 
 def test_extremes_are_those_of_a_sort():

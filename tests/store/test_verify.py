@@ -120,9 +120,17 @@ def test_what_a_unit_was_is_kept_if_it_had_more(store):
     assert writer.kept == [2]
     kept = {name.removeprefix("replaced/"): data for name, data in contents(store).items() if "replaced" in name}
     assert kept == {name: whole[name] for name in ("tokens/00002.safetensors", "records/00002.parquet")}
+    # Worse again: the best of all stays.
+    worse = StoreWriter(store, settings(8), {"torch": "test"})
+    writer.close()
+    worse.begin(again=[2])
+    fill(worse, BAD | {7})
+    worse.finish()
+    worse.close()
+    assert worse.kept == [2]
+    assert (store / "replaced/records/00002.parquet").read_bytes() == whole["records/00002.parquet"]
     # As soon as there is as much, it goes.
     again = StoreWriter(store, settings(8), {"torch": "test"})
-    writer.close()
     again.begin(again=again.units_with_errors)
     fill(again, BAD)
     again.finish()
