@@ -43,7 +43,7 @@ class Decoders:
         """Yield every chunk with its loaded images, or reasons, in order; at most `depth` chunks ahead.
 
         Closed before its end, it ends the processes, whatever they decode. Raises `OSError` if a process cannot be
-        started, and `RuntimeError` for an error that is no image's.
+        started or a file's medium fails, and `RuntimeError` for another error that is no image's.
         """
 
         def load(chunk: Item) -> tuple[Item, list[Loaded | str]]:
@@ -89,14 +89,22 @@ class Decoders:
             yield worker
         finally:
             with self._lock:
-                if worker in self._all:
+                kept = worker in self._all
+                if kept:
                     self._idle.append(worker)
+            if not kept:
+                # Abandoned in between, and this thread's alone.
+                worker.close()
 
     def _abandon(self) -> None:
         with self._lock:
-            abandoned, self._all, self._idle = self._all, [], []
+            abandoned, self._all = self._all, []
+            idle, self._idle = self._idle, []
         for worker in abandoned:
             worker.kill()
+        # The threads that use the others close them.
+        for worker in idle:
+            worker.close()
 
     def close(self) -> None:
         """End the processes."""

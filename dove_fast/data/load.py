@@ -42,7 +42,10 @@ class Transform(Protocol):
 
 
 def load_image(content: str | bytes, transform: Transform) -> Loaded | str:
-    """Decode and transform the file at a path, or an image's bytes; what is wrong with it comes back as a reason."""
+    """Decode and transform the file at a path, or an image's bytes; what is wrong with it comes back as a reason.
+
+    Raises `OSError` where it is the file's medium that fails, as `decode_image` does.
+    """
     try:
         decoded = decode_image(content, least_side=transform.least_side)
         return Loaded(transform(decoded.image), decoded.width, decoded.height)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dove_fast.data.listing import printable
-from dove_fast.data.sources import EncodedImage, SourceOptions, Unusable, hash_keys
+from dove_fast.data.sources import LEADS_OUT, EncodedImage, SourceOptions, Unusable, hash_keys, leads_out, stem
 from dove_fast.data.urls import URL, opened_url
 
 __all__ = ["ParquetSource"]
@@ -21,6 +21,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "b
 KEY_COLUMNS = ("key", "__key__")
 # Rows in memory at a time.
 ROWS = 64
+# Of a column's bytes at a time: a row group may be as large as its file.
+BUFFER = 1 << 20
 
 
 class ParquetSource:
@@ -31,9 +33,9 @@ class ParquetSource:
     through: times as text (in UTC where they have a zone), NaN and infinity as null, without bytes and what cannot be
     read.
 
-    Set aside with their reason: a row without image or key, one whose key was in the unit before, and rows of a local
-    file that are damaged. Raises `FileNotFoundError`, and `ValueError` for files that cannot be opened as Parquet, have
-    other columns than the first, or no images.
+    Set aside with their reason: a row without image or key, one whose key leads out of its folder or was in the unit
+    before, and rows of a local file that are damaged. Raises `FileNotFoundError`, and `ValueError` for files that
+    cannot be opened as Parquet, have other columns than the first, or no images.
     """
 
     def __init__(self, files: Sequence[str], options: SourceOptions) -> None:
@@ -53,7 +55,7 @@ class ParquetSource:
         self.units = len(self._units)
         self.inputs: int | None = sum(rows)
         self.unique_keys = self._key is None
-        repeated = [name for name, count in Counter(map(_stem, self._files)).items() if count > 1]
+        repeated = [name for name, count in Counter(map(stem, self._files)).items() if count > 1]
         if self._key is None and repeated:
             raise ValueError(f"files must have different names to make keys of, {repeated[0]!r} comes twice")
 
@@ -110,14 +112,14 @@ class ParquetSource:
 
     def identity(self) -> str:
         """Return the hash of the files' names and rows, without their folders."""
-        return hash_keys(f"{_stem(name)}:{rows}" for name, rows in zip(self._files, self._rows, strict=True))
+        return hash_keys(f"{stem(name)}:{rows}" for name, rows in zip(self._files, self._rows, strict=True))
 
     def keys(self) -> Iterable[str] | None:
         """Return every key where it follows from the row, else None: only reading tells."""
         if self._key is not None:
             return None
         return [
-            f"{_stem(name)}/{row}" for name, rows in zip(self._files, self._rows, strict=True) for row in range(rows)
+            f"{stem(name)}/{row}" for name, rows in zip(self._files, self._rows, strict=True) for row in range(rows)
         ]
 
     def size_of(self, unit: int) -> int | None:
@@ -164,15 +166,17 @@ class ParquetSource:
                             raise
                         reason = f"the file is damaged here: {_line(error)}"
                         for lost in range(row, min(end, stop)):
-                            yield lost, Unusable(f"{_stem(name)}/{lost}", printable(name), reason)
+                            yield lost, Unusable(f"{stem(name)}/{lost}", printable(name), reason)
                 start = stop
 
     def _item(self, name: str, row: int, values: dict[str, Any]) -> EncodedImage | Unusable:
         source = printable(name)
-        place = f"{_stem(name)}/{row}"
+        place = f"{stem(name)}/{row}"
         key = place if self._key is None else _text(values.pop(self._key))
         if key is None:
             return Unusable(place, source, "its key is null, empty or no text")
+        if leads_out(key):
+            return Unusable(key, source, LEADS_OUT)
         image = values.pop(self._image)
         if isinstance(image, dict):
             image = image.get("bytes")
@@ -194,7 +198,7 @@ def _opened(name: str) -> Iterator[Any]:
             # As bytes, for a file's name need not be UTF-8.
             source = stack.enter_context(pyarrow.OSFile(os.fsencode(name)))
         yield stack.enter_context(
-            pyarrow.parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+            pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER, page_checksum_verification=True)
         )
 
 
@@ -271,11 +275,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-def _stem(name: str) -> str:
-    path = name.split("?")[0] if URL.match(name) else name
-    return printable(os.path.basename(path).removesuffix(".parquet"))
 
 
 def _line(error: BaseException) -> str:

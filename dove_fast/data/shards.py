@@ -13,12 +13,11 @@ import tarfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import IO, Any
 
 from dove_fast.data.formats import SUFFIXES
 from dove_fast.data.listing import printable
-from dove_fast.data.sources import PIPE, EncodedImage, Unusable, hash_keys
+from dove_fast.data.sources import LEADS_OUT, PIPE, EncodedImage, Unusable, hash_keys, leads_out, stem
 from dove_fast.data.tar import ForwardFile, Member, content, members, open_tar, what_is_wrong
 from dove_fast.data.urls import URL, opened_url
 
@@ -42,9 +41,9 @@ class ShardSource:
     ending of `SUFFIXES`. The others pass through by their endings: json as what it holds, others as text where they are
     UTF-8, up to `MAX_EXTRA_BYTES`; what is neither is left out. NaN and infinity in json become null.
 
-    Set aside with their reason: a sample without a picture or with several, one whose key leads out of its folder or
-    was in the shard before, and what lies behind damage in a local shard. A "pipe:" command that fails, and a medium
-    that does, raise `OSError` instead: what they would have given is not lost.
+    Set aside with their reason: a sample without a picture or with several, with a link or a sparse file, one whose key
+    leads out of its folder or was in the shard before, and what lies behind damage in a local shard. A "pipe:" command
+    that fails, and a medium that does, raise `OSError` instead: what they would have given is not lost.
     """
 
     def __init__(self, shards: Sequence[str], *, prefix_keys: bool) -> None:
@@ -53,7 +52,7 @@ class ShardSource:
         self.units = len(self._shards)
         self.inputs: int | None = None
         self.shard_size: int | None = None
-        names = [_name(shard) for shard in self._shards]
+        names = [stem(shard) for shard in self._shards]
         repeated = [name for name, count in Counter(names).items() if count > 1]
         self.unique_keys = prefix_keys
         if prefix_keys and repeated:
@@ -65,7 +64,7 @@ class ShardSource:
 
     def identity(self) -> str:
         """Return the hash of the shards' names, without their folders."""
-        return hash_keys(_name(shard) for shard in self._shards)
+        return hash_keys(stem(shard) for shard in self._shards)
 
     def keys(self) -> Iterable[str] | None:
         """Return None: only reading tells."""
@@ -86,7 +85,7 @@ class ShardSource:
                 with open_tar(file) as archive:
                     whole = _until_damage(members(archive, file), damage)
                     for name, files in itertools.groupby(whole, key=lambda file: file.name):
-                        key = f"{_name(shard)}/{printable(name)}" if self._prefix else printable(name)
+                        key = f"{stem(shard)}/{printable(name)}" if self._prefix else printable(name)
                         sample = _sample(archive, key, source, files)
                         if damage and isinstance(sample, Unusable):
                             # What it lacks may lie behind the damage.
@@ -101,7 +100,7 @@ class ShardSource:
                 # A stream that ended early may be whole the next time.
                 raise OSError(errno.EIO, f"the stream {what_is_wrong(file, damage[0])}", source) from damage[0]
             if damage:
-                yield Unusable(_name(shard), source, f"the shard {what_is_wrong(file, damage[0])}")
+                yield Unusable(stem(shard), source, f"the shard {what_is_wrong(file, damage[0])}")
 
 
 def _until_damage(found: Iterable[Member], damage: list[tarfile.TarError]) -> Iterator[Member]:
@@ -110,14 +109,6 @@ def _until_damage(found: Iterable[Member], damage: list[tarfile.TarError]) -> It
         yield from found
     except tarfile.TarError as error:
         damage.append(error)
-
-
-def _name(shard: str) -> str:
-    """Return a shard's name: the base name without .tar, of a pipe the command, which is no path."""
-    if shard.startswith(PIPE):
-        return printable(shard).replace("/", "_")
-    path = shard.split("?")[0] if URL.match(shard) else shard
-    return printable(os.path.basename(path).removesuffix(".tar"))
 
 
 @contextlib.contextmanager
@@ -184,7 +175,9 @@ def _sample(archive: tarfile.TarFile, key: str, source: str, files: Iterable[Mem
     reason = ""
     # In order, as a stream has to be read.
     for file in files:
-        if file.ending in SUFFIXES:
+        if file.unread:
+            reason = file.unread
+        elif file.ending in SUFFIXES:
             if picture is not None:
                 reason = "more than one picture"
             elif file.header.size > MAX_IMAGE_BYTES:
@@ -197,8 +190,8 @@ def _sample(archive: tarfile.TarFile, key: str, source: str, files: Iterable[Mem
                 extra[printable(file.ending[1:])] = value
     if not reason and picture is None:
         reason = "no picture"
-    if _leads_out(key):
-        reason = "its key leads out of its folder"
+    if leads_out(key):
+        reason = LEADS_OUT
     if reason or picture is None:
         return Unusable(key, source, reason)
     return EncodedImage(key, source, picture, extra or None)
@@ -223,8 +216,3 @@ def _deeper(value: Any, depth: int) -> bool:
         return False
     items = value.values() if isinstance(value, dict) else value
     return depth == 0 or any(_deeper(item, depth - 1) for item in items)
-
-
-def _leads_out(key: str) -> bool:
-    path = PurePosixPath(key)
-    return path.is_absolute() or ".." in path.parts or "\0" in key

@@ -8,16 +8,30 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from dove_fast.data.listing import ImageInput, list_inputs, printable
 from dove_fast.data.urls import URL
 
-__all__ = ["EncodedImage", "FileSource", "Source", "SourceOptions", "Unusable", "hash_keys", "open_source"]
+__all__ = [
+    "LEADS_OUT",
+    "EncodedImage",
+    "FileSource",
+    "Source",
+    "SourceOptions",
+    "Unusable",
+    "hash_keys",
+    "leads_out",
+    "open_source",
+    "stem",
+]
 
 TAR, PARQUET = ".tar", ".parquet"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 PIPE = "pipe:"
+# Why an input is set aside whose key `leads_out`.
+LEADS_OUT = "its key leads out of its folder"
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,21 @@ def hash_keys(keys: Iterable[str]) -> str:
         # The length in front: ["ab", "c"] and ["a", "bc"] differ.
         digest.update(b"%d:" % len(encoded) + encoded)
     return digest.hexdigest()
+
+
+def leads_out(key: str) -> bool:
+    """Tell whether a file named by `key` would lie outside the folder that it is written to, or cannot be."""
+    path = PurePosixPath(key)
+    return path.is_absolute() or ".." in path.parts or "\0" in key
+
+
+def stem(shard: str) -> str:
+    """Return a shard's name: the base name without .tar or .parquet, of a pipe the command, which is no path."""
+    if shard.startswith(PIPE):
+        return printable(shard).replace("/", "_")
+    path = shard.split("?")[0] if URL.match(shard) else shard
+    name = os.path.basename(path)
+    return printable(name.removesuffix(TAR if name.endswith(TAR) else PARQUET))
 
 
 class Source(Protocol):

@@ -12,10 +12,14 @@ from typing import IO
 
 from dove_fast.data.listing import printable
 
-__all__ = ["MEMBER", "ForwardFile", "Member", "content", "members", "open_tar", "what_is_wrong"]
+__all__ = ["LINK", "MEMBER", "SPARSE", "ForwardFile", "Member", "content", "members", "open_tar", "what_is_wrong"]
 
 # A sample's name and its member's ending: the path is split at the first dot of the base name.
 MEMBER = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
+
+# Why a member's content is not read. A link's is elsewhere, perhaps behind it, where a stream cannot be followed.
+LINK = "a link in the archive, which is not followed"
+SPARSE = "a sparse file in the archive, which is not read"
 
 # How compressed files start; no tar archive does, for it starts with the name of its first file.
 COMPRESSED = {
@@ -33,11 +37,15 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a shard: its name up to the first dot, the rest in small letters, and its header."""
+    """A member of a shard: its name up to the first dot, the rest in small letters, and its header.
+
+    `unread`: why it has no content, "" where it has.
+    """
 
     name: str
     ending: str
     header: tarfile.TarInfo
+    unread: str = ""
 
 
 class ForwardFile:
@@ -122,7 +130,7 @@ def what_is_wrong(file: IO[bytes] | ForwardFile, error: Exception) -> str:
 
 
 def members(archive: tarfile.TarFile, file: IO[bytes] | ForwardFile) -> Iterator[Member]:
-    """Yield the files that may belong to a sample: not links, sparse files, and names without a dot or with it first.
+    """Yield what may belong to a sample: files, links, sparse files; none without a dot in its name or with it first.
 
     Raises `tarfile.TarError` if `file` does not hold all of them, or does not end as an archive ends.
     """
@@ -130,13 +138,14 @@ def members(archive: tarfile.TarFile, file: IO[bytes] | ForwardFile) -> Iterator
     while (header := _next(archive)) is not None:
         # The archive would keep every header that it has read.
         archive.members.clear()  # type: ignore[attr-defined]
-        if header.issparse():
-            continue
-        if header.size < 0 or (header.isreg() and length is not None and header.offset_data + header.size > length):
+        unread = LINK if header.islnk() or header.issym() else SPARSE if header.issparse() else ""
+        # The size of a sparse file is not what it has here.
+        end = header.offset_data + header.size if header.isreg() and not unread else 0
+        if (header.size < 0 and unread != SPARSE) or (length is not None and end > length):
             raise tarfile.ReadError(f"{printable(header.name)} does not end within the shard")
         match = MEMBER.fullmatch(header.name)
-        if header.isreg() and match is not None:
-            yield Member(match[1], match[2].lower(), header)
+        if match is not None and (header.isreg() or unread):
+            yield Member(match[1], match[2].lower(), header, unread)
     # tarfile ends in silence at a header that it cannot read; a whole archive ends with a block of zeros.
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -36,8 +36,8 @@ class WebDataset:
     `shards` is one of these or several: a shard's path; a text with ranges, "train-{000000..000146}.tar", both ends
     included and padded with zeros to the width of the first; a folder, which stands for every .tar below it, sorted,
     without hidden ones (links to folders are not followed). Files that are one after the other in a shard and have the
-    same path up to the first dot of the base name belong together; names without a dot or with one at their start,
-    links and sparse files are passed over. Of what follows the dot, in any case of letters, counts:
+    same path up to the first dot of the base name belong together; names without a dot or with one at their start
+    are passed over. Of what follows the dot, in any case of letters, counts:
 
     - an ending of `SUFFIXES`: the picture. Exactly one.
     - json: {"text": str, "boxes": [[left, top, right, bottom], ..]}, or {"regions": [..]} with a list of such objects,
@@ -57,10 +57,11 @@ class WebDataset:
     sample costs no scan; the memory is about 80 bytes a sample, its name and its text.
 
     `left_out` counts by reason. The unit is the sample's files together: no picture or several, several json or txt
-    files, a json or txt that is malformed, a width or height that is no positive number where boxes need it, a picture
-    whose size cannot be read. Else it is the region: malformed, with boxes but no text, with neither in a list of
-    regions, or with a box that is not four finite numbers, has no area or lies outside the frame; such a region goes
-    with all its boxes, for what remained would be less than its text asks for.
+    files, a link or sparse file in place of one of these, a json or txt that is malformed, a width or height that is no
+    positive number where boxes need it, a picture whose size cannot be read. Else it is the region: malformed, with
+    boxes but no text, with neither in a list of regions, or with a box that is not four finite numbers, has no area or
+    lies outside the frame; such a region goes with all its boxes, for what remained would be less than
+    its text asks for.
 
     Raises `FileNotFoundError` for a path that is not there, and `ValueError` for no shards, for a range that runs
     backwards, and for a shard that is compressed, no tar archive, damaged, or shorter than it should be.
@@ -221,10 +222,12 @@ def _read(archive: tarfile.TarFile, files: list[Member]) -> _Found:
 
 
 def _only(files: list[Member], endings: Collection[str], kind: str) -> tarfile.TarInfo | None:
-    headers = [file.header for file in files if file.ending in endings]
-    if len(headers) > 1:
+    found = [file for file in files if file.ending in endings]
+    if len(found) > 1:
         raise _LeftOutError(f"more than one {kind} file")
-    return headers[0] if headers else None
+    if found and found[0].unread:
+        raise _LeftOutError(found[0].unread)
+    return found[0].header if found else None
 
 
 def _json(archive: tarfile.TarFile, header: tarfile.TarInfo | None) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class DecodeWorker:
         """Return what `decode_here` would.
 
         Raises `WorkerDiedError`, after which the next request starts a new process, unless `kill` ended it; `OSError`
-        if none starts; `RuntimeError`, with the trace, for what `decode_here` raised there.
+        if none starts, or where a file's medium fails; `RuntimeError`, with the trace, for what else `decode_here`
+        raised there.
         """
         if self._killed:
             raise WorkerDiedError(KILLED)
@@ -66,6 +67,8 @@ class DecodeWorker:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             code = self.close()
             raise WorkerDiedError(f"the decoding process ended with exit code {code}") from error
+        if isinstance(answer, OSError):
+            raise answer
         if isinstance(answer, str):
             raise RuntimeError(f"an error in the decoding process that is no image's: {answer}")
         loaded, seconds = answer
@@ -141,13 +144,18 @@ def _pillow_limits() -> tuple[int | None, bool]:
     return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def _answered(contents: Sequence[str | bytes], transform: Transform) -> tuple[list[Loaded | str], float] | str:
+def _answered(
+    contents: Sequence[str | bytes], transform: Transform
+) -> tuple[list[Loaded | str], float] | OSError | str:
     try:
         return decode_here(contents, transform)
     except MemoryError:
         # As if the system had ended this process: alone, an image may have enough.
         raise
-    except Exception:
+    except Exception as error:
+        # Sent and not raised: the pipe is whole.
+        if isinstance(error, OSError) and error.errno is not None:
+            return OSError(error.errno, error.strerror, error.filename)
         return traceback.format_exc()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from dove_fast.data import DecodeError, ShortSideCenterCrop, decode_image, load_image
+from dove_fast.data import DecodeError, Loaded, ShortSideCenterCrop, decode_image, load_image
 from dove_fast.data.decode import upright_size
 
 
@@ -272,6 +273,114 @@ def test_reasons(tmp_path):
     # A format that Pillow reads by starting another program.
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     assert reason(tmp_path / "script.jpg") == unknown
+
+
+def test_what_the_system_says_of_this_file_alone_is_a_reason(tmp_path, monkeypatch):
+    saved(tmp_path, noise(), "x.png")
+    assert reason(tmp_path / "x.png/y.png") == "Not a directory"
+    assert reason(tmp_path / ("x" * 300)) == "File name too long"
+    os.symlink("loop.png", tmp_path / "loop.png")
+    assert reason(tmp_path / "loop.png").startswith("Too many levels of symbolic links")
+    os.symlink(tmp_path / "gone/x.png", tmp_path / "dangling.png")
+    assert reason(tmp_path / "dangling.png") == "the file does not exist"
+    assert reason(f"{tmp_path}/x\0.png") == "no file can have this name"
+
+    # Root may read anything, so the refusal is made.
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(io, "FileIO", refuse)
+    assert reason(tmp_path / "x.png") == "Permission denied"
+
+
+def test_a_file_without_its_folder_is_no_pictures_fault(tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    with pytest.raises(FileNotFoundError) as raised:
+        load_image(f"{folder}/x.png", ShortSideCenterCrop(8))
+    assert raised.value.filename == str(folder)
+    folder.mkdir()
+    assert load_image(f"{folder}/x.png", ShortSideCenterCrop(8)) == "the file does not exist"
+    # Without a folder in its name.
+    monkeypatch.chdir(folder)
+    assert reason("x.png") == "the file does not exist"
+
+
+# Reading its first bytes fails, as on a medium that is damaged.
+FAILING = "/proc/self/mem"
+
+
+@pytest.mark.skipif(not os.path.isfile(FAILING), reason="needs a file of Linux that cannot be read")
+def test_a_medium_that_fails_is_no_pictures_fault(tmp_path):
+    link = tmp_path / os.fsdecode(b"caf\xe9.png")
+    link.symlink_to(FAILING)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        load_image(str(link), ShortSideCenterCrop(8))
+    # As text that can be written anywhere.
+    assert (raised.value.errno, raised.value.filename) == (errno.EIO, f"{tmp_path}/caf\\xe9.png")
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.EIO])
+def test_what_the_system_says_of_any_file_is_no_pictures_fault(tmp_path, monkeypatch, code):
+    path = saved(tmp_path, noise())
+
+    def fail(path):
+        raise OSError(code, os.strerror(code), path)
+
+    for module, name in ((os, "stat"), (io, "FileIO")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(OSError, match=os.strerror(code)) as raised:
+                decode_image(path)
+        assert (raised.value.errno, raised.value.filename) == (code, str(path))
+
+
+class FailingOnce(io.BytesIO):
+    """A file of which one reading fails, the first for 0, and those behind it do not."""
+
+    def __init__(self, content: bytes, number: int, code: int = errno.EIO) -> None:
+        super().__init__(content)
+        self.left, self.code = number, code
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left == -1:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().read(size)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((f"x.{suffix}", {}) for suffix in ("jpg", "png", "webp", "bmp", "gif", "jp2", "tga")),
+        *(("x.tif", {"compression": kind}) for kind in (None, "tiff_lzw", "jpeg")),
+    ],
+)
+def test_a_medium_that_fails_anywhere_is_told_from_damage(tmp_path, monkeypatch, name, options):
+    path = saved(tmp_path, noise(120), name, **options)
+    content = path.read_bytes()
+    # As often as it is read when all goes well.
+    whole = FailingOnce(content, 1000)
+    monkeypatch.setattr(io, "FileIO", lambda _: whole)
+    assert isinstance(load_image(str(path), ShortSideCenterCrop(8)), Loaded)
+    assert whole.left < 1000
+    for number in range(1000 - whole.left):
+        monkeypatch.setattr(io, "FileIO", lambda _, number=number: FailingOnce(content, number))
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            load_image(str(path), ShortSideCenterCrop(8))
+        assert (raised.value.errno, raised.value.filename) == (errno.EIO, str(path))
+
+
+def test_a_position_that_no_file_has_is_damage(tmp_path, monkeypatch):
+    path = saved(tmp_path, noise())
+    monkeypatch.setattr(io, "FileIO", lambda _: FailingOnce(path.read_bytes(), 1, errno.EINVAL))
+    assert reason(path) == "Invalid argument"
+
+
+def test_the_upright_size_tells_a_medium_that_fails_from_damage(tmp_path):
+    content = saved(tmp_path, noise(), "x.jpg").read_bytes()
+    with pytest.raises(OSError, match="Input/output error"):
+        upright_size(FailingOnce(content, 0))
 
 
 def test_bytes_are_decoded_like_the_file_that_holds_them(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -30,6 +31,7 @@ from PIL import Image, ImageFile
 from dove_fast.data import Decoders, Loaded, ShortSideCenterCrop, load_image, worker
 from dove_fast.data.decoders import CRASHED
 from dove_fast.data.worker import DecodeWorker, WorkerDiedError, decode_here
+from dove_fast.failures import JobError, stopping
 
 CROP = ShortSideCenterCrop(16)
 
@@ -193,6 +195,39 @@ def test_an_error_that_is_no_pictures_stops_with_and_without_workers(two):
     assert all_same(mapped(decoders, [[picture(20)]]), decoders._transform, [[picture(20)]])
 
 
+# Reading its first bytes fails, as on a medium that is damaged.
+FAILING = "/proc/self/mem"
+
+
+@pytest.mark.skipif(not os.path.isfile(FAILING), reason="needs a file of Linux that cannot be read")
+def test_a_medium_that_fails_stops_with_and_without_workers(two):
+    decoders, folder = two
+    transform = decoders._transform
+    for some in (decoders, Decoders(transform, 0)):
+        found = some.map([[picture(20)], [picture(21), FAILING]], lambda chunk: chunk, depth=2)
+        next(found)
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            next(found)
+        error = raised.value
+        assert (error.errno, error.strerror, error.filename) == (errno.EIO, os.strerror(errno.EIO), FAILING)
+        with pytest.raises(JobError, match=f"^Input/output error: {FAILING}; try again$"), stopping("try again"):
+            mapped(some, [[FAILING]])
+        with pytest.raises(FileNotFoundError) as raised:
+            mapped(some, [[f"{folder}/gone/x.png"]])
+        assert raised.value.filename == f"{folder}/gone"
+
+
+@pytest.mark.skipif(not os.path.isfile(FAILING), reason="needs a file of Linux that cannot be read")
+def test_a_medium_that_fails_does_not_end_the_worker(tmp_path):
+    worker = DecodeWorker(CROP)
+    worker.decode([picture(20)])
+    process = worker._process.pid
+    with pytest.raises(OSError, match="Input/output error"):
+        worker.decode([FAILING])
+    assert isinstance(worker.decode([picture(20)])[0][0], Loaded) and worker._process.pid == process
+    worker.close()
+
+
 def test_a_dead_worker_says_so_and_the_next_request_starts_another(tmp_path, capfd):
     worker = DecodeWorker(KillingTransform(str(tmp_path)))
     assert worker.close() is None
@@ -343,3 +378,30 @@ def test_closed_early_it_ends_what_is_being_decoded_and_may_begin_again(tmp_path
         assert gone(*workers)
         again = chunks[::3]
         assert all_same(mapped(decoders, again), decoders._transform, again)
+
+
+def test_closed_early_it_leaves_no_process_that_nobody_waits_for(tmp_path):
+    decoders = Decoders(KillingTransform(str(tmp_path)), 2)
+    with decoders._worker() as one, decoders._worker() as other:
+        for worker in (one, other):
+            worker.decode([picture(20)])
+    workers = [one, other]
+    processes = [worker._process.pid for worker in workers]
+    found = decoders.map([[picture(20)], [picture(WAITS)]], lambda chunk: chunk, depth=2)
+    next(found)
+    assert wait_for(lambda: list(tmp_path.glob("waits-*")) and len(decoders._idle) == 1)
+    found.close()
+    # The idle one and the busy one, though both objects are still there.
+    assert [state(process) for process in processes] == ["", ""]
+    assert all(worker._pipe is None and worker._process is None for worker in workers)
+
+
+def test_a_worker_that_is_abandoned_after_its_answer_is_closed_by_its_thread(tmp_path):
+    decoders = Decoders(CROP, 1)
+    with decoders._worker() as worker:
+        worker.decode([picture(20)])
+        process = worker._process.pid
+        decoders._abandon()
+        # It is this thread's, which may be reading from it.
+        assert worker._pipe is not None
+    assert state(process) == "" and worker._pipe is None and decoders._idle == []

@@ -162,6 +162,34 @@ def test_keys_that_name_nothing(tmp_path):
     assert reasons(read(path)) == [("a/0", nothing), ("a/0", None)]
 
 
+@pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", "..//x", "a/../x"])
+def test_keys_that_lead_out_are_set_aside(tmp_path, key):
+    path = write(tmp_path / "a.parquet", {"image": [b"1"] * 3, "key": [key, "./y", "..z/a..b"]})
+    assert reasons(read(path)) == [(key, "its key leads out of its folder"), ("./y", None), ("..z/a..b", None)]
+
+
+def test_a_row_group_is_not_read_at_once(tmp_path, monkeypatch):
+    images = [np.random.default_rng(row).bytes(50_000) for row in range(400)]
+    # In pages of 16 rows, for a page is read at once.
+    options = {"row_group_size": 400, "use_dictionary": False, "write_batch_size": 16}
+    path = write(tmp_path / "a.parquet", {"image": images}, **options)
+    taken = []
+    plain = parquet._rows
+
+    def watched(*arguments):
+        pool = pyarrow.default_memory_pool()
+        before = pool.bytes_allocated()
+        for values in plain(*arguments):
+            taken.append(pool.bytes_allocated() - before)
+            yield values
+
+    monkeypatch.setattr(parquet, "_rows", watched)
+    items = read(path)
+    assert [item.content for item in items] == images
+    # 20 MB of pictures: two batches of 64, and a little.
+    assert max(taken) < 10_000_000
+
+
 def test_rows_without_an_image(tmp_path):
     path = write(tmp_path / "a.parquet", {"image": [b"1", None, b"", b"4"], "key": ["a", "b", "c", "d"]})
     assert reasons(read(path)) == [("a", None), ("b", "no picture"), ("c", "no picture"), ("d", None)]

@@ -146,6 +146,23 @@ def test_none_or_two_pictures(tmp_path):
     assert {item.source for item in items} == {str(tmp_path / "s.tar")}
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("piped", [False, True])
+def test_links_are_set_aside_and_not_lost(tmp_path, kind, piped):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("a.png", "+b.png", "c.png", "+c.txt", "+d.png", "d.txt", "+.hidden.png", "+no_dot", "e.png"):
+            header = tarfile.TarInfo(name.removeprefix("+"))
+            if name.startswith("+"):
+                header.type, header.linkname = kind, "a.png"
+                archive.addfile(header)
+            else:
+                header.size = 1
+                archive.addfile(header, io.BytesIO(b"1"))
+    link = "a link in the archive, which is not followed"
+    items = read(f"pipe:cat {tmp_path}/s.tar" if piped else tmp_path / "s.tar")
+    assert reasons(items) == [("a", None), ("b", link), ("c", link), ("d", link), ("e", None)]
+
+
 def test_a_key_that_comes_again_in_one_shard(tmp_path):
     items = read_members(tmp_path, ("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"x"), ("a.png", b"3"), ("b.png", b"4"))
     again = "its key comes more than once in the shard"
@@ -184,6 +201,11 @@ def test_prefixes(tmp_path):
     write_tar(tmp_path / "three/one.tar", [("a.png", b"1")])
     with pytest.raises(ValueError, match="must have different names to prefix keys with, 'one' comes twice"):
         open_source(tmp_path, PREFIXED)
+
+
+def test_one_ending_is_no_part_of_a_shards_name(tmp_path):
+    write_tar(tmp_path / "a.parquet.tar", [("x.png", b"1")])
+    assert [item.key for item in read(tmp_path / "a.parquet.tar", PREFIXED)] == ["a.parquet/x"]
 
 
 def test_prefixes_of_pipes_and_urls(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dove_fast.data.tar import HISTORY, MEMBER, ForwardFile, content, members, open_tar, what_is_wrong
+from dove_fast.data.tar import HISTORY, LINK, MEMBER, SPARSE, ForwardFile, content, members, open_tar, what_is_wrong
 
 RANDOM = np.random.default_rng(0).bytes(3 * HISTORY)
 
@@ -181,19 +181,39 @@ def test_names_are_split_at_the_first_dot_of_the_base_name(tmp_path):
     ]
 
 
+def special(name: str, kind: bytes, size: int = 0) -> tarfile.TarInfo:
+    header = tarfile.TarInfo(name)
+    header.type, header.linkname, header.size = kind, "a.png", size
+    return header
+
+
 @pytest.mark.parametrize("streamed", [False, True])
-def test_what_is_no_file_is_passed_over(tmp_path, streamed):
+def test_links_and_sparse_files_come_with_why_they_are_not_read(tmp_path, streamed):
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("dir.png", tarfile.DIRTYPE)):
-            header = tarfile.TarInfo(name)
-            header.type, header.linkname = kind, "a.png"
-            tar.addfile(header)
-        header = tarfile.TarInfo("a.png")
-        header.size = 3
-        tar.addfile(header, io.BytesIO(b"abc"))
-    found = listed(ForwardFile(Few(file.getvalue(), 100))) if streamed else in_file(tmp_path, file.getvalue())
-    assert found == [("a", ".png", b"abc")]
+        tar.addfile(special("link.PNG", tarfile.SYMTYPE))
+        tar.addfile(special("hard.txt", tarfile.LNKTYPE))
+        # Neither is a sample's.
+        tar.addfile(special(".hidden", tarfile.SYMTYPE))
+        tar.addfile(special("no_dot", tarfile.LNKTYPE))
+        for kind in (tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            tar.addfile(special("dir.png", kind))
+        tar.addfile(special("a.png", tarfile.REGTYPE, 3), io.BytesIO(b"abc"))
+        tar.addfile(special("sparse.png", tarfile.GNUTYPE_SPARSE, 3), io.BytesIO(b"abc"))
+        tar.addfile(special("b.png", tarfile.REGTYPE, 3), io.BytesIO(b"def"))
+    path = tmp_path / "s.tar"
+    path.write_bytes(file.getvalue())
+    with open(path, "rb") as whole:
+        source = ForwardFile(Few(file.getvalue(), 100)) if streamed else whole
+        with open_tar(source) as tar:
+            found = [(member.name, member.ending, member.unread) for member in members(tar, source)]
+    assert found == [
+        ("link", ".png", LINK),
+        ("hard", ".txt", LINK),
+        ("a", ".png", ""),
+        ("sparse", ".png", SPARSE),
+        ("b", ".png", ""),
+    ]
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

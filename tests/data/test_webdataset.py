@@ -42,6 +42,10 @@ def member(name: str, size: int, **fields) -> tarfile.TarInfo:
     return header
 
 
+def link(name: str) -> tarfile.TarInfo:
+    return member(name, 0, type=tarfile.LNKTYPE, linkname="good.png")
+
+
 def write(path, *files, format: int = tarfile.GNU_FORMAT):
     """Write (name, content) pairs; content is bytes, or what becomes JSON, or a header of its own."""
     with tarfile.open(path, "w", format=format) as archive:
@@ -167,7 +171,11 @@ def test_a_name_that_is_not_utf8_has_a_printable_key(tmp_path):
     ("files", "reason"),
     [
         ([("a.json", {"text": "x"})], "no picture file"),
-        ([("a.png", member("a.png", 0, type=tarfile.SYMTYPE, linkname="b.png")), ("a.txt", b"x")], "no picture file"),
+        ([("a.png", link("a.png")), ("a.txt", b"x")], "a link in the archive, which is not followed"),
+        ([("a.png", link("a.png"))], "a link in the archive, which is not followed"),
+        ([("a.png", PNG), ("a.txt", link("a.txt"))], "a link in the archive, which is not followed"),
+        # Beside the reader's own files.
+        ([("a.npy", link("a.npy"))], "no picture file"),
         ([("a.png", PNG), ("a.jpg", PNG)], "more than one picture file"),
         ([("a.png", PNG), ("a.json", {}), ("a.json", {})], "more than one json file"),
         ([("a.png", PNG), ("a.txt", b"x"), ("a.txt", b"y")], "more than one txt file"),
