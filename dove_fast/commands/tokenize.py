@@ -359,6 +359,7 @@ def _run_on_devices(arguments: argparse.Namespace) -> int:
     from dove_fast.jobs.ranks import StoreWatch, run_on_devices
     from dove_fast.jobs.report import Curve, RunFigures
     from dove_fast.store import TokenStore
+    from dove_fast.store.layout import read_manifest
 
     devices = [name.strip() for name in arguments.devices.split(",") if name.strip()]
     if not devices:
@@ -393,6 +394,9 @@ def _run_on_devices(arguments: argparse.Namespace) -> int:
         # Also for a signal, whose number is no exit code.
         return EXIT_REFUSED if codes == {EXIT_REFUSED} else EXIT_STOPPED
     try:
+        if codes <= {EXIT_DONE, EXIT_SET_ASIDE} and not read_manifest(Path(arguments.output))["complete"]:
+            print(f"{arguments.output}: the other units are other jobs', or were left by them; run again to finish")
+            return max(codes)
         store = TokenStore(arguments.output)
     except (DoveError, OSError) as error:
         return fail(EXIT_STOPPED, str(error))

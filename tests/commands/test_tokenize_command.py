@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from made_pictures import add_bad, make_pictures
-from made_stores import write
+from made_stores import settings, write
 from small_models import micro_model
 
 from dove_fast.cli import main
 from dove_fast.jobs import TokenizeReport, ray_engine
 from dove_fast.jobs.metrics import MetricsLog
 from dove_fast.jobs.progress import Progress
+from dove_fast.store.writer import StoreWriter
 
 NO_PICTURES = "The longest and the shortest images are not shown"
 
@@ -93,6 +94,16 @@ def test_a_process_that_is_killed_beside_others_is_named_and_the_store_counts(tm
     code, _, err = on_devices("[ $device = cpu ] && exit 0; kill -KILL $$")
     assert code == 3
     assert err.startswith("dove-fast: cuda:1: killed by SIGKILL\ndove-fast: no token store at ")
+
+
+def test_units_of_other_jobs_are_no_failure(tmp_path, on_devices):
+    store = write(tmp_path / "made")
+    writer = StoreWriter(store, settings(8), {"torch": "test"})
+    writer.begin(again=[1])
+    writer.close()
+    code, out, err = on_devices(f"[ $device = cpu ] && exec cp -r {store} {tmp_path}/s; exit 1")
+    assert (code, err) == (1, "")
+    assert out.endswith("/s: the other units are other jobs', or were left by them; run again to finish\n")
 
 
 def test_devices_show_one_bar_of_units(tmp_path, on_devices, monkeypatch):
