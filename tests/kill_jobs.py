@@ -27,7 +27,7 @@ from dove_fast.jobs import LoadedModel, TokenizeOptions, load_model, tokenize
 # every store is finished. At 0 at any moment, also before the first unit or after the last one.
 AFTER = (0, 1, 2)
 # Seconds for decoding processes to notice that their job is gone.
-PATIENCE = 10.0
+PATIENCE = 20.0
 # Of <linux/prctl.h>: processes whose parent dies come to this one, and not to the system's first.
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -73,12 +73,26 @@ def reap() -> int:
             return count
         count += found > 0
         if time.monotonic() > deadline:
-            stay = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            stay = children(os.getpid())
             for process in stay:
-                os.kill(int(process), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
             raise AssertionError(f"decoding processes stay without their job: {stay}")
         if not found:
             time.sleep(0.002)
+
+
+def children(process: int) -> list[int]:
+    """Return the processes that any thread of a process has started."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def is_alive(process: int) -> bool:
+    """Tell whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def whole_units(output: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -10,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kill_jobs import children, is_alive
 from kill_switch import contents
 from made_pictures import add_bad, make_pictures
 from PIL import Image
@@ -244,7 +247,7 @@ def test_info_of_a_checkpoint(checkpoint, dove_fast):
 
 # In processes of their own, as users run it.
 
-MANY = 60
+MANY = 40
 # So small a model is slower on several threads, all the more beside other tests.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -261,9 +264,10 @@ def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "dove_fast.cli", *map(str, arguments)]
 
 
-def job(many, output, checkpoint) -> list[str]:
-    options = ("--shard-size", 2, "--batch-size", 1)
-    return command("tokenize", many, output, "--checkpoint", checkpoint, "--device", "cpu", *options)
+def job(many, output, checkpoint, *options) -> list[str]:
+    sizes = ("--shard-size", 2, "--batch-size", 1)
+    place = () if "--devices" in options else ("--device", "cpu")
+    return command("tokenize", many, output, "--checkpoint", checkpoint, *place, *sizes, *options)
 
 
 def run_here(arguments: list[str]) -> None:
@@ -283,35 +287,100 @@ def undisturbed(many, checkpoint, tmp_path_factory) -> dict[str, bytes]:
     return contents(output)
 
 
+def wait_for_units(output: Path, ended: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while len(list((output / "records").glob("[0-9]*.parquet"))) < 4:
+        assert not ended()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def assert_unfinished(output: Path) -> None:
+    assert json.loads((output / "manifest.json").read_text())["complete"] is False
+    assert 4 <= len(list((output / "records").glob("[0-9]*.parquet"))) < MANY // 2
+
+
+def all_gone(processes: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(is_alive(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(is_alive(process) for process in processes)
+
+
+INTERRUPTED = "dove-fast: interrupted; whole shards are kept, run the same command again to go on\n"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_a_signal_in_the_middle_and_the_same_command_again(tmp_path, many, checkpoint, undisturbed, number, code):
     output = tmp_path / "s"
+    arguments = job(many, output, checkpoint, "--workers", 2)
     # A test run in the background of a shell has SIGINT ignored, and its children too.
     process = subprocess.Popen(
-        job(many, output, checkpoint),
+        arguments,
         stderr=subprocess.PIPE,
         text=True,
         env=ONE_THREAD,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        deadline = time.monotonic() + 60
-        while not (output / "records/00003.parquet").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_for_units(output, lambda: process.poll() is not None)
+        workers = children(process.pid)
+        assert len(workers) == 2
         process.send_signal(number)
+        process.wait(20)
+        assert all_gone(workers)
         _, err = process.communicate(timeout=20)
     finally:
         process.kill()
     assert process.returncode == code
     if code == 130:
-        assert err == "dove-fast: interrupted; whole shards are kept, run the same command again to go on\n"
+        assert err == INTERRUPTED
         assert not [name for name in contents(output) if is_temporary(Path(name).name)]
-    assert json.loads((output / "manifest.json").read_text())["complete"] is False
-    assert 4 <= len(list((output / "records").glob("*.parquet"))) < MANY // 2
+    assert_unfinished(output)
 
-    run_here(job(many, output, checkpoint))
+    run_here(arguments)
+    assert without_report(contents(output)) == without_report(undisturbed)
+
+
+def forked(arguments: list[str], err: Path) -> int:
+    """Run a command in a fork of this process, which has imported everything, in a session as a terminal has one."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with err.open("w") as sys.stderr:
+                code = main(arguments[3:])
+        finally:
+            os._exit(code)
+    return process
+
+
+@pytest.mark.parametrize("to", [os.kill, pytest.param(os.killpg, marks=pytest.mark.slow)])
+def test_ctrl_c_with_one_process_a_device(tmp_path, many, checkpoint, undisturbed, monkeypatch, to):
+    """The signal comes to the process that started the others, or as from a terminal to all of them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "s"
+    arguments = job(many, output, checkpoint, "--workers", 1, "--devices", "cpu,cpu")
+    process = forked(arguments, tmp_path / "err")
+    try:
+        wait_for_units(output, lambda: not is_alive(process))
+        jobs = children(process)
+        assert len(jobs) == 2
+        workers = [worker for each in jobs for worker in children(each)]
+        assert workers
+        to(process, signal.SIGINT)
+        assert all_gone([process, *jobs, *workers])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert (tmp_path / "err").read_text() == INTERRUPTED
+    assert_unfinished(output)
+
+    run_here(arguments)
     assert without_report(contents(output)) == without_report(undisturbed)
 
 
@@ -380,6 +449,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, many, checkpoint):
 def test_verify_and_repair(tmp_path, photos, dove_fast, checkpoint):
     store = tmp_path / "s"
     dove_fast("tokenize", photos, store, "--shard-size", 4, "--batch-size", 3, "--dtype", "bfloat16", "--codes")
+    keys = TokenStore(store).keys
     whole = without_report(contents(store))
     assert dove_fast("verify", store) == (0, f"{store}: 3 units, every byte as it was written\n", "")
 
@@ -407,7 +477,7 @@ def test_verify_and_repair(tmp_path, photos, dove_fast, checkpoint):
     assert out.startswith(f"{store}: 2 units were done again, 6 images in ")
     assert dove_fast("verify", store)[0] == 0
     # The same bytes, but for where the images are said to have come from.
-    assert TokenStore(store).keys == [f"{path}" for path in TokenStore(store).keys]
+    assert len(keys) == 10 and TokenStore(store).keys == keys
     again = contents(store)
     for name in ("tokens/00000.safetensors", "tokens/00001.safetensors", "tokens/00002.safetensors"):
         assert again[name] == whole[name]
