@@ -232,7 +232,8 @@ def _to_rgb(image: Image.Image, original: Image.Image) -> Image.Image:
         canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         canvas.alpha_composite(image.convert("RGBA"))
         return canvas.convert("RGB")
-    return image.convert("RGB")
+    # Which would copy one that is.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _wide_grey_to_rgb(image: Image.Image, original: Image.Image) -> Image.Image:

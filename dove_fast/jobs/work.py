@@ -114,6 +114,8 @@ class Work:
         self._finished = self._finished_errors = self._finished_units = 0
         # Seconds in which this thread waited for images.
         self._idle = 0.0
+        # Seconds of decoding that are counted, of all workers.
+        self._decoding = 0.0
         self.images = self.tokens = self.errors = 0
         self.clock = StageClock()
         self._start = time.perf_counter()
@@ -125,6 +127,7 @@ class Work:
         Raises `JobError` beyond `max_errors`, `StoreError` for a key that comes a second time.
         """
         try:
+            self._decoding = 0.0
             with _quiet_pillow(), contextlib.closing(Decoders(self._transform, self._limits.workers)) as decoders:
                 self._learn_keys()
                 self._count()
@@ -213,9 +216,11 @@ class Work:
             yield _Chunk(unit, items, last=True)
 
     def _next(self, decoded: Iterator[Decoded], decoders: Decoders) -> Decoded | None:
-        start, before = time.perf_counter(), decoders.seconds
+        start = time.perf_counter()
         found = next(decoded, None)
-        took, decoding = time.perf_counter() - start, decoders.seconds - before
+        took = time.perf_counter() - start
+        # Since the last look: workers decode while this thread computes.
+        decoding, self._decoding = decoders.seconds - self._decoding, decoders.seconds
         self._idle += took
         self.clock.add("decode", decoding)
         # Without workers it was this thread that decoded.

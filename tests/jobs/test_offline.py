@@ -364,3 +364,16 @@ def test_a_unit_alone_costs_no_look_at_the_others(tmp_path, photos, loaded, monk
     job.conclude()
     assert job.missing == [0, 1, 2, 3, 4, 5, 6, 8, 9]
     job.close()
+
+
+def test_decoding_counts_also_while_the_model_computes(tmp_path, photos, loaded):
+    class Busy:
+        workers, seconds = 2, 0.0
+
+    work, busy = TokenizeJob(photos, tmp_path / "s", loaded, OPTIONS)._work, Busy()
+    chunks = iter("ab")
+    for _ in chunks:
+        work._next(chunks, busy)
+        busy.seconds += 1.5
+    work._next(chunks, busy)
+    assert work.clock.seconds["decode"] == busy.seconds == 1.5
