@@ -49,5 +49,7 @@ def settle(directory: Path, units: Mapping[int, Unit]) -> list[int]:
             path_of(kept, number).unlink(missing_ok=True)
     if not fewer:
         for folder in (kept / "records", kept / "tokens", kept):
-            folder.rmdir()
+            # Another job may do the same, and a folder that stays harms nobody.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return fewer

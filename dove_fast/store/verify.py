@@ -24,7 +24,8 @@ __all__ = ["Damage", "verify"]
 # Format 1 kept no checksums.
 FIRST_WITH_CHECKSUMS = 2
 NOT_THE_UNITS = "is not what the units say"
-CHECKSUMS = ("tokens_sha256", "records_sha256")
+# What is compared of each shard that a manifest lists.
+COMPARED = ("tokens_sha256", "records_sha256", "records", "tokens")
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def verify(
         raise StoreError(
             f"{root} has a damaged manifest: {len(shards)} shards of {manifest['settings']['units']} units"
         )
-    lacking = [number for number, entry in enumerate(shards) if not {*CHECKSUMS} <= entry.keys()]
-    if lacking:
-        raise StoreError(f"{root} has a damaged manifest: shard {lacking[0]} has no {' or no '.join(CHECKSUMS)}")
+    for number, entry in enumerate(shards):
+        lacking = [name for name in COMPARED if not isinstance(entry, dict) or name not in entry]
+        if lacking:
+            raise StoreError(f"{root} has a damaged manifest: shard {number} has no {', no '.join(lacking)}")
     found: list[Damage] = []
     errors: list[InputError] = []
     counts: list[tuple[int, int]] = []
