@@ -43,10 +43,13 @@ def warn_of_kept(store: str, report: TokenizeReport) -> int:
     """Say which units have fewer images than before they were done again; returns the exit code, 0 for none."""
     if not report.kept:
         return EXIT_DONE
+    from dove_fast.store.replaced import REPLACED_NAME
+
     units = ", ".join(map(str, report.kept))
     return fail(
         EXIT_SET_ASIDE,
-        f"units {units} have fewer images than before (errors.jsonl says why); what they were is in {store}/replaced",
+        f"units {units} have fewer images than before (errors.jsonl says why); what they were is in "
+        f"{store}/{REPLACED_NAME}",
     )
 
 
