@@ -31,6 +31,9 @@ class LossConfig:
     # frozen, and the straight-through gradient goes to the features alone. [reading]
     codebook_weight: float = 0.0
     commitment_weight: float = 0.0
+    # The squared error of the token decoder's features against the VQGAN's: it teaches tokens what they are to carry
+    # without the VQGAN's decoder, which is most of a step. Not in the paper; 0: off. [reading]
+    feature_weight: float = 0.0
     # lambda: log-linear from the first to the second value over so many steps, then constant. "Extremely small" and
     # growing in the paper, without values. [reading]
     eos_weight_start: float = 1e-8
@@ -46,6 +49,11 @@ class LossConfig:
         for name in ("eos_weight_start", "eos_weight_end", "eos_weight_steps", "threshold_window"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"LossConfig.{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def weighs_pixels(self) -> bool:
+        """Whether any term reads the reconstruction; without one the VQGAN's decoder learns nothing."""
+        return bool(self.mse_weight or self.perceptual_weight or self.adversarial_weight)
 
     def eos_weight(self, step: int) -> float:
         """Return lambda at an optimiser step, counted from 0."""

@@ -28,7 +28,8 @@ class LossTerms:
 
     total: () what is minimised. mse, perceptual, adversarial, eos: () means over the images, not weighed; inside their
     regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. codebook,
-    commitment: () `codebook_terms`, 0 where they were not given. eos_weight: lambda.
+    commitment: () `codebook_terms`, 0 where they were not given. features: () the token decoder's mean squared error in
+    feature space, not weighed, 0 where it is not. eos_weight: lambda.
     errors: (B,) each image's mean squared error inside its region, what the threshold learns from; NaN for a region
     without a pixel.
     """
@@ -40,6 +41,7 @@ class LossTerms:
     irrelevant: Tensor
     codebook: Tensor
     commitment: Tensor
+    features: Tensor
     eos: Tensor
     eos_weight: float
     errors: Tensor
@@ -83,6 +85,7 @@ class QDOVELoss(nn.Module):
         mask: Tensor | None = None,
         forced: bool = False,
         codebook: tuple[Tensor, Tensor] | None = None,
+        features: tuple[Tensor, Tensor] | None = None,
         last_layer: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss of a batch.
@@ -90,12 +93,17 @@ class QDOVELoss(nn.Module):
         images, reconstruction: (B, 3, H, W) in [0, 1], the second with a graph. eos_logits (B, T), lengths (B,): as in
         `eos_loss`. step: optimiser steps before this one. mask: (B, 1, H, W) bool, the regions; None where there is
         no text: the whole image. forced: the lengths were given and not found, so they teach EOS nothing.
-        codebook: what `codebook_terms` returns, needed where their weights are not 0.
+        codebook: what `codebook_terms` returns, needed where their weights are not 0. features: the VQGAN's features
+        and those that the token decoder makes, (B, C, h, w) both, h and w divisors of H and W; needed where
+        `config.feature_weight` is not 0. A feature counts by the share of its pixels that the region has; the
+        VQGAN's get no gradient.
         last_layer: the weight that the adaptive factor is measured at, needed where `config.adaptive_adversarial`.
         """
         config = self.config
         if codebook is None and (config.codebook_weight or config.commitment_weight):
             raise ValueError("LossConfig.codebook_weight or commitment_weight is not 0, which needs `codebook`")
+        if features is None and config.feature_weight:
+            raise ValueError("LossConfig.feature_weight is not 0, which needs `features`")
         perceptual, discriminator = self._parts
         mse, mse_outside = region_mse(images, reconstruction, mask)
         relevant, irrelevant = config.mse_weight * mse, config.mse_weight * mse_outside
@@ -107,6 +115,13 @@ class QDOVELoss(nn.Module):
             relevant = relevant + config.perceptual_weight * inside
             irrelevant = irrelevant + config.perceptual_weight * outside
             seen = inside.mean()
+        of_features = zero
+        if config.feature_weight:
+            assert features is not None
+            inside, outside = region_mean(_feature_errors(*features, images.shape[2:]), mask)
+            relevant = relevant + config.feature_weight * inside
+            irrelevant = irrelevant + config.feature_weight * outside
+            of_features = inside.mean()
         fooled = zero
         total = relevant.mean()
         if config.adversarial_weight and step >= config.adversarial_start:
@@ -136,6 +151,7 @@ class QDOVELoss(nn.Module):
             irrelevant=irrelevant.mean().detach(),
             codebook=of_codebook.detach(),
             commitment=of_commitment.detach(),
+            features=of_features.detach(),
             eos=eos.detach(),
             eos_weight=eos_weight,
             errors=errors,
@@ -177,6 +193,7 @@ class DOVELoss(QDOVELoss):
         mask: Tensor | None = None,
         forced: bool = False,
         codebook: tuple[Tensor, Tensor] | None = None,
+        features: tuple[Tensor, Tensor] | None = None,
         last_layer: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss of a batch; arguments as in `QDOVELoss.forward`, without a mask."""
@@ -190,8 +207,25 @@ class DOVELoss(QDOVELoss):
             step=step,
             forced=forced,
             codebook=codebook,
+            features=features,
             last_layer=last_layer,
         )
+
+
+def _feature_errors(features: Tensor, made: Tensor, size: torch.Size) -> Tensor:
+    """Return the squared errors of features, (B, 1, H, W) in fp32 at least: each one's at all the pixels it covers."""
+    if features.shape != made.shape or features.dim() != 4:
+        raise ValueError(
+            f"features must have one shape (B, C, h, w), got {tuple(features.shape)} and {tuple(made.shape)}"
+        )
+    repeats = [pixels // cells for pixels, cells in zip(size, features.shape[2:], strict=True)]
+    if [count * cells for count, cells in zip(repeats, features.shape[2:], strict=True)] != list(size):
+        raise ValueError(
+            f"images of {tuple(size)} pixels are not whole multiples of {tuple(features.shape[2:])} features"
+        )
+    dtype = torch.promote_types(torch.promote_types(features.dtype, made.dtype), torch.float32)
+    errors = (made.to(dtype) - features.detach().to(dtype)).square().mean(dim=1, keepdim=True)
+    return errors.repeat_interleave(repeats[0], dim=2).repeat_interleave(repeats[1], dim=3)
 
 
 def _judge(discriminator: nn.Module, images: Tensor) -> Tensor:

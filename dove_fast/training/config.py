@@ -140,7 +140,8 @@ class RunConfig:
     accumulated parts; accumulation: into how many parts a process splits its share. seed: of weights, data and lengths.
     precision: "bfloat16" runs under autocast, the weights stay float32. recompute: as in `training_forward`.
     ema_decay: of the averaged weights, which are what is validated and exported; 0 for none.
-    forced_length_share: steps with random lengths, so that every prefix reconstructs (METHOD section 4).
+    forced_length_share: steps with random lengths, so that every prefix reconstructs (METHOD section 4);
+    longest_forced_length: the longest of them, 0 for T.
     codebook_restart_steps: every so many steps, codewords that none of the features came to since are set to features
     of the batch, else a codebook that starts far from them stays unused; 0 for never.
     nonfinite_limit: steps in a row that are skipped for a loss or a gradient that is not finite, before the run stops.
@@ -157,6 +158,7 @@ class RunConfig:
     recompute: bool = False
     ema_decay: float = 0.999
     forced_length_share: float = 0.0
+    longest_forced_length: int = 0
     codebook_restart_steps: int = 0
     nonfinite_limit: int = 100
 
@@ -293,6 +295,13 @@ class TrainConfig:
             raise ValueError(
                 "[loss] adaptive_adversarial measures gradients at the VQGAN decoder's last layer, which has none with "
                 '[run] frozen = "vqgan"; freeze less, or set it to false'
+            )
+        if self.loss.feature_weight and self.run.stage == "vqgan":
+            raise ValueError('[loss] feature_weight is for what tokens become, and [run] stage = "vqgan" has none')
+        if not self.loss.weighs_pixels and not frozen:
+            raise ValueError(
+                "[loss] mse_weight, perceptual_weight and adversarial_weight are 0: no term reads the pixels that the "
+                'VQGAN makes, so that it cannot be trained; weigh one, or set [run] frozen = "vqgan"'
             )
         trains_codebook = self.loss.codebook_weight > 0
         if self.run.codebook_restart_steps and not trains_codebook:

@@ -59,6 +59,7 @@ def training_forward(
     features: Tensor | None = None,
     block_size: int | None = None,
     recompute: bool = False,
+    reconstruct_with_graph: bool = True,
 ) -> TrainingForward:
     """Tokenize and reconstruct a batch with gradients.
 
@@ -67,7 +68,8 @@ def training_forward(
     `model.encode(images)` is known, as with a frozen encoder; then the images are not read. block_size: steps computed
     at a time, None for a quarter of T; an image takes part in all blocks up to the one that it ends in. recompute:
     forget the generator's activations within a layer and compute them again in the backward, which takes a third more
-    time for it and a fraction of the memory.
+    time for it and a fraction of the memory. reconstruct_with_graph: False where no loss reads the reconstruction,
+    which is then without one.
 
     The same values and gradients as the plain forward over all N + L + T positions, within rounding. The VQGAN's
     encoder runs without a graph where none of its parameters needs one.
@@ -112,8 +114,10 @@ def training_forward(
     grid = model.grid(
         model.generation.decode(model.token_decoder, tokens, attends_padding=config.decoder_attends_padding)
     )
+    with torch.set_grad_enabled(reconstruct_with_graph and torch.is_grad_enabled()):
+        reconstruction = model.render(grid)
     return TrainingForward(
-        reconstruction=model.render(grid),
+        reconstruction=reconstruction,
         eos_logits=padded_logits,
         tokens=tokens,
         features=features,

@@ -61,7 +61,7 @@ class Objective(nn.Module):
     ) -> StepResult:
         """Return the loss of a batch, images (B, 3, S, S) uint8; `lengths` forces them."""
         model, config = self.model, self.loss.config
-        targets = images.to(model.dtype) / 255
+        targets, features = images.to(model.dtype) / 255, None
         if self.stage == "vqgan":
             grid = model.encode(images).transpose(1, 2).unflatten(2, (model.config.grid_size, model.config.grid_size))
             reconstruction = model.render(grid)
@@ -69,9 +69,17 @@ class Objective(nn.Module):
             logits = grid.new_zeros((len(images), 1), dtype=torch.float32)
             positions = 0, 0
         else:
-            found = training_forward(model, images, queries, lengths=lengths, recompute=self.recompute)
+            found = training_forward(
+                model,
+                images,
+                queries,
+                lengths=lengths,
+                recompute=self.recompute,
+                reconstruct_with_graph=config.weighs_pixels,
+            )
             grid, reconstruction, counts, logits = found.grid, found.reconstruction, found.lengths, found.eos_logits
             positions = found.positions_computed, found.positions_of_all
+            features = found.features.transpose(1, 2).unflatten(2, grid.shape[2:]), grid
         codes, terms = None, None
         if config.codebook_weight or config.commitment_weight:
             _, codes = model.vqgan.quantize(grid.detach())
@@ -85,6 +93,7 @@ class Objective(nn.Module):
             mask=mask,
             forced=lengths is not None or self.stage == "vqgan",
             codebook=terms,
+            features=features,
             last_layer=model.vqgan.decoder.conv_out.weight if config.adaptive_adversarial else None,
         )
         return StepResult(losses, reconstruction.detach().float(), counts, codes, grid.detach(), positions)

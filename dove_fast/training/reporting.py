@@ -26,7 +26,7 @@ __all__ = ["Reporter"]
 logger = logging.getLogger(__name__)
 
 # The losses that a line names, as `LossTerms` does; the error stands beside them.
-TERMS = ("total", "perceptual", "adversarial", "irrelevant", "codebook", "commitment", "eos")
+TERMS = ("total", "perceptual", "adversarial", "irrelevant", "codebook", "commitment", "features", "eos")
 
 
 class Reporter:

@@ -65,6 +65,11 @@ class Stepper:
     ) -> None:
         self.config, self.ranks = config, ranks
         run = config.run
+        if run.longest_forced_length > model.config.num_tokens:
+            raise ValueError(
+                f"[run] longest_forced_length is {run.longest_forced_length}, the model has "
+                f"{model.config.num_tokens} tokens"
+            )
         self.model = model.to(ranks.device).train()
         self.averaged = None if averaged is None else averaged.to(ranks.device).eval().requires_grad_(False)
         texts = run.stage == "dove" and model.tokenizer is not None
@@ -162,7 +167,8 @@ class Stepper:
         if run.stage != "dove" or np.random.default_rng((run.seed, FORCED, step)).random() >= run.forced_length_share:
             return None
         random = np.random.default_rng((run.seed, LENGTHS, step))
-        lengths = random.integers(1, self.model.config.num_tokens + 1, run.batch_size)
+        longest = run.longest_forced_length or self.model.config.num_tokens
+        lengths = random.integers(1, longest + 1, run.batch_size)
         share = run.batch_size // self.ranks.world
         return [int(length) for length in lengths[self.ranks.rank * share : (self.ranks.rank + 1) * share]]
 

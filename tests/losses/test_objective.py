@@ -102,6 +102,39 @@ def test_the_weight_of_length_grows_log_linearly():
     assert found == pytest.approx([-6, -5, -4, -3, -2, -2])
 
 
+def test_features_count_by_their_share_of_the_region(batch, mask):
+    loss, _ = make(mse_weight=0.0, perceptual_weight=0.0, adversarial_weight=0.0, feature_weight=2.0)
+    generator = torch.Generator().manual_seed(2)
+    features, made = torch.randn(2, 4, 5, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    features.requires_grad_()
+    made.requires_grad_()
+    terms = loss(**batch, step=0, mask=mask, forced=True, features=(features, made))
+    expected = []
+    for row in range(4):
+        # A feature covers 4 x 4 pixels; it weighs what the region has of them.
+        share = mask[row, 0].double().unfold(0, 4, 4).unfold(1, 4, 4).mean(dim=(2, 3))
+        errors = (made[row] - features[row]).square().mean(dim=0)
+        expected.append((share * errors).sum() / share.sum())
+    assert_close(terms.features, torch.stack(expected).mean().detach(), RELATIVE[torch.float64])
+    assert_close(terms.total.detach(), 2 * terms.features, 1e-9)
+    assert terms.irrelevant > 0
+    gradients = torch.autograd.grad(terms.total, (features, made), allow_unused=True)
+    assert gradients[0] is None
+    # The first region ends within features of the third row: from there on the gradient is w_irr's.
+    assert gradients[1][0, :, 3:].abs().max() < 1e-9 < gradients[1][0, :, :3, 1:3].abs().min()
+
+
+def test_features_that_do_not_fit(batch):
+    loss, _ = make(perceptual_weight=0.0, adversarial_weight=0.0, feature_weight=1.0)
+    features = torch.zeros(4, 5, 4, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="feature_weight is not 0, which needs `features`"):
+        loss(**batch, step=0)
+    with pytest.raises(ValueError, match=r"must have one shape \(B, C, h, w\), got \(4, 5, 4, 4\) and \(4, 5, 2, 2\)"):
+        loss(**batch, step=0, features=(features, features[:, :, :2, :2]))
+    with pytest.raises(ValueError, match=r"images of \(16, 16\) pixels are not whole multiples of \(3, 3\) features"):
+        loss(**batch, step=0, features=(features[:, :, :3, :3], features[:, :, :3, :3]))
+
+
 def test_forced_lengths_teach_eos_nothing(batch):
     loss, _ = make()
     terms = loss(**batch, step=9, forced=True)

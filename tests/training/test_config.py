@@ -48,11 +48,11 @@ FIELDS = [
 ]
 NUMBERS = [(section, key, kind) for section, key, kind in FIELDS if kind in (int, float)]
 
-# A value for every field that is not its default.
+# A value for every field that is not its default; the stage is, as the other one refuses some of them.
 OTHER: dict[str, dict[str, Any]] = {
     "run": {
         "output": "runs/other",
-        "stage": "vqgan",
+        "stage": "dove",
         "frozen": "nothing",
         "steps": 7,
         "batch_size": 6,
@@ -62,6 +62,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "recompute": True,
         "ema_decay": 0.5,
         "forced_length_share": 0.25,
+        "longest_forced_length": 6,
         "codebook_restart_steps": 9,
         "nonfinite_limit": 4,
     },
@@ -95,6 +96,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "adaptive_adversarial": True,
         "codebook_weight": 1.0,
         "commitment_weight": 0.25,
+        "feature_weight": 0.5,
         "eos_weight_start": 1e-5,
         "eos_weight_end": 1e-3,
         "eos_weight_steps": 40,
@@ -163,7 +165,7 @@ def test_reads_what_toml_can_spell(tmp_path):
 def test_every_field_goes_there_and_back(tmp_path):
     for section, fields in SECTIONS.items():
         for key, default in ((field.name, field.default) for field in dataclasses.fields(fields)):
-            assert section == "model" or key == "more" or OTHER[section][key] != default, (section, key)
+            assert section == "model" or key in ("more", "stage") or OTHER[section][key] != default, (section, key)
     config = TrainConfig.from_toml(write_toml(tmp_path / "run.toml", OTHER))
     for section, values in OTHER.items():
         for key, value in values.items():
@@ -214,7 +216,14 @@ def test_zero_is_refused_where_it_means_nothing(section, key):
 
 
 def test_zero_means_never_or_off():
-    for key in ("ema_decay", "forced_length_share", "codebook_restart_steps", "nonfinite_limit", "seed"):
+    for key in (
+        "ema_decay",
+        "forced_length_share",
+        "longest_forced_length",
+        "codebook_restart_steps",
+        "nonfinite_limit",
+        "seed",
+    ):
         make(run={key: 0})
     for key in ("log_steps", "validation_steps", "picture_steps", "checkpoint_steps"):
         make(report={key: 0})
@@ -321,6 +330,18 @@ def test_a_codebook_that_nothing_trains():
     assert "[loss] codebook_weight" in message and '[run] frozen = "vqgan"' in message
     make(run={"stage": "vqgan", "codebook_restart_steps": 5}, loss={"codebook_weight": 1.0})
     make(run={"frozen": "encoder", "codebook_restart_steps": 5}, loss={"codebook_weight": 1.0})
+
+
+def test_features_without_pixels():
+    message = refusal(ValueError, run={"stage": "vqgan"}, loss={"feature_weight": 1.0})
+    assert message == '[loss] feature_weight is for what tokens become, and [run] stage = "vqgan" has none'
+    features = {"mse_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0, "feature_weight": 1.0}
+    for run in ({"stage": "vqgan"}, {"frozen": "encoder"}, {"frozen": "nothing"}):
+        loss = features | {"feature_weight": 0.0}
+        message = refusal(ValueError, run=run, loss=loss)
+        assert "no term reads the pixels" in message and '[run] frozen = "vqgan"' in message
+    make(loss=features)
+    make(run={"frozen": "encoder"}, loss={"feature_weight": 1.0})
 
 
 def test_unknown_and_missing_sections_and_fields():

@@ -143,6 +143,16 @@ def test_a_frozen_encoder_has_no_graph():
     assert model.in_proj.weight.grad is not None and model.vqgan.encoder.conv_in.weight.grad is None
 
 
+def test_a_reconstruction_that_nothing_reads_has_no_graph():
+    model = plain()
+    images = sample_images(3).double()
+    with_graph = training_forward(model, images, lengths=[4] * 3)
+    found = training_forward(model, images, lengths=[4] * 3, reconstruct_with_graph=False)
+    assert with_graph.reconstruction.requires_grad and not found.reconstruction.requires_grad
+    assert torch.equal(found.reconstruction, with_graph.reconstruction)
+    assert found.grid.requires_grad and found.eos_logits.requires_grad
+
+
 def test_the_gradient_passes_straight_through_the_codebook():
     model = plain()
     training_forward(model, sample_images(2).double(), lengths=[4, 4]).reconstruction.square().sum().backward()

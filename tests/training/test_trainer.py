@@ -20,7 +20,7 @@ from made_runs import make_run, run_settings, write_toml
 from dove_fast import DOVE
 from dove_fast.errors import CheckpointError
 from dove_fast.failures import JobError
-from dove_fast.training import train
+from dove_fast.training import objective, train, training_forward
 from dove_fast.training.checkpoint import latest_checkpoint, optimizer_tensors
 from dove_fast.training.distributed import Ranks
 from dove_fast.training.log import RunLog, read_log
@@ -28,6 +28,7 @@ from dove_fast.training.step import Stepper
 from dove_fast.training.trainer import Trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+NO_PIXELS = {"mse_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0}
 
 
 def lines_of(output):
@@ -202,6 +203,12 @@ def test_accumulation_changes_rounding_alone(tmp_path):
             ("vqgan.decoder.", "in_proj", "eos_head"),
             ("vqgan.encoder.", "vqgan.quant_conv", "vqgan.quantize"),
         ),
+        (
+            {"frozen": "vqgan", "forced_length_share": 1.0, "longest_forced_length": 2},
+            {"codebook_weight": 0.0, "adaptive_adversarial": False, "feature_weight": 1.0} | NO_PIXELS,
+            ("generator.", "out_proj"),
+            ("vqgan.",),
+        ),
         ({"frozen": "nothing"}, {}, ("vqgan.encoder.conv_in", "vqgan.quantize", "token_decoder."), ()),
         ({"stage": "vqgan"}, {}, ("vqgan.encoder.", "vqgan.quantize"), ("generator.", "token_decoder.", "in_proj")),
     ],
@@ -220,6 +227,20 @@ def test_what_is_frozen_stays(tmp_path, run, loss, trained, still):
     for prefix in trained:
         names = [name for name in before if name.startswith(prefix)]
         assert any(not torch.equal(before[name], after[name]) for name in names), prefix
+
+
+def test_forced_lengths_have_a_longest(tmp_path, monkeypatch):
+    seen = []
+
+    def noted(model, images, queries=None, *, lengths=None, **options):
+        seen.extend(lengths)
+        return training_forward(model, images, queries, lengths=lengths, **options)
+
+    monkeypatch.setattr(objective, "training_forward", noted)
+    train(make_run(tmp_path, run={"steps": 6, "forced_length_share": 1.0, "longest_forced_length": 3}), ALONE)
+    assert set(seen) == {1, 2, 3}
+    with pytest.raises(ValueError, match=r"\[run\] longest_forced_length is 100, the model has \d+ tokens"):
+        train(make_run(tmp_path / "other", run={"longest_forced_length": 100}), ALONE)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
