@@ -15,6 +15,7 @@
 #include "dove/layer_norm_pair.h"
 #include "dove/pack.h"
 #include "dove/prefix_attention.h"
+#include "dove/resize_square.h"
 #include "dove/vq_lookup.h"
 
 namespace py = pybind11;
@@ -97,6 +98,21 @@ auto cuda_pack(void (*launch)(const dove::PackParams&, int, void*)) {
       };
 }
 #endif
+
+void resize_square_cpu(uintptr_t source, uintptr_t target, int64_t width, int64_t height, int64_t left, int64_t top,
+                       int64_t side, int64_t size, const std::string& isa) {
+  const dove::ResizeSquareParams params{reinterpret_cast<const uint8_t*>(source),
+                                        reinterpret_cast<uint8_t*>(target),
+                                        width,
+                                        height,
+                                        left,
+                                        top,
+                                        side,
+                                        size};
+  const dove::Isa chosen = dove::isa_by_name(isa);
+  const py::gil_scoped_release release;
+  DOVE_CPU_KERNEL(resize_square)(params, chosen);
+}
 
 int64_t vq_lookup_cpu(uintptr_t rows, int64_t row_stride, uintptr_t words, uintptr_t squares, uintptr_t codes,
                       uintptr_t quantized, int64_t num_rows, int64_t num_words, int64_t width, int dtype,
@@ -306,6 +322,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpack_cpu", cpu_pack(DOVE_CPU_KERNEL(unpack)));
   module.def("eos_scan_cpu", &eos_scan_cpu);
   module.def("prefix_attention_cpu", &prefix_attention_cpu);
+  module.def("resize_square_cpu", &resize_square_cpu);
   module.def("vq_lookup_cpu", &vq_lookup_cpu);
   module.def("group_norm_silu_cpu", &group_norm_silu_cpu);
   module.def("group_norm_silu_backward_cpu", &group_norm_silu_backward_cpu);

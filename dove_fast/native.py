@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dove_fast.errors import BackendError
 
-__all__ = ["build_info", "load", "why_no_cuda", "why_no_native"]
+__all__ = ["build_info", "load", "why_no_cuda", "why_no_native", "without_torch"]
 
 # The floating dtypes that kernels take, by the numbers of csrc/include/dove/dtype.h.
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -24,6 +25,10 @@ def _import() -> tuple[ModuleType | None, str]:
     # torch comes first: its OpenMP runtime has the soname that `_C` asks for, so that the process has one of them.
     import torch  # noqa: F401
 
+    return _module()
+
+
+def _module() -> tuple[ModuleType | None, str]:
     from dove_fast import __version__
 
     try:
@@ -46,6 +51,14 @@ def load() -> ModuleType:
     if module is None:
         raise BackendError(reason)
     return module
+
+
+def without_torch() -> ModuleType | None:
+    """Return `dove_fast._C`, or None where it cannot be loaded; imports no torch, for processes that need none.
+
+    Then the system's OpenMP runtime is loaded, if it has one, and a torch that comes later takes the same.
+    """
+    return _import()[0] if "torch" in sys.modules else _module()[0]
 
 
 def why_no_native() -> str | None:

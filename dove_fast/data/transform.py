@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dove_fast.data.decode import BACKGROUND
+from dove_fast.data.resize import resize_square
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,10 +57,7 @@ class ShortSideCenterCrop:
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return an RGB image as uint8 (3, size, size); an image of that size comes back unchanged."""
-        from PIL.Image import Resampling
-
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        # One call: resizing the whole image first would blow a 10 x 100000 strip up to gigabytes.
-        square = image.resize((self.size, self.size), Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        return np.array(np.asarray(square).transpose(2, 0, 1), order="C")
+        # At once: resizing the whole image first would blow a 10 x 100000 strip up to gigabytes.
+        return resize_square(image, left, top, side, self.size)
