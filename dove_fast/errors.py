@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "CheckpointError", "DoveError", "StoreError"]
+__all__ = ["BackendError", "CheckpointError", "DoveError", "StoreError", "first_line"]
 
 
 class DoveError(Exception):
@@ -19,3 +19,8 @@ class CheckpointError(DoveError):
 
 class StoreError(DoveError):
     """A token store is incomplete, damaged, or was made with other settings."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from typing import Any
 from dove_fast.data.listing import printable
 from dove_fast.data.sources import LEADS_OUT, EncodedImage, SourceOptions, Unusable, hash_keys, leads_out, stem
 from dove_fast.data.urls import URL, opened_url
+from dove_fast.errors import first_line
 
 __all__ = ["ParquetSource"]
 
@@ -69,7 +70,7 @@ class ParquetSource:
         except FileNotFoundError:
             raise FileNotFoundError(f"no such input: {printable(name)}") from None
         except (OSError, ImportError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{printable(name)} is damaged or no Parquet file: {_line(error)}") from None
+            raise ValueError(f"{printable(name)} is damaged or no Parquet file: {first_line(error)}") from None
         if name == self._files[0]:
             self._image = self._found_image(schema, name)
             self._key = self._found_key(schema, name)
@@ -145,7 +146,7 @@ class ParquetSource:
         except pyarrow.ArrowException as error:
             if isinstance(error, MemoryError):
                 raise
-            raise OSError(errno.EIO, f"the file is damaged: {_line(error)}", printable(name)) from error
+            raise OSError(errno.EIO, f"the file is damaged: {first_line(error)}", printable(name)) from error
 
     def _between(self, name: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
         import pyarrow
@@ -164,7 +165,7 @@ class ParquetSource:
                         # What the system says comes with a number. A file from elsewhere may be whole the next time.
                         if isinstance(error, MemoryError) or getattr(error, "errno", None) or URL.match(name):
                             raise
-                        reason = f"the file is damaged here: {_line(error)}"
+                        reason = f"the file is damaged here: {first_line(error)}"
                         for lost in range(row, min(end, stop)):
                             yield lost, Unusable(f"{stem(name)}/{lost}", printable(name), reason)
                 start = stop
@@ -275,7 +276,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,8 +20,8 @@ __all__ = ["resize_square"]
 def resize_square(image: Image.Image, left: int, top: int, side: int, size: int) -> npt.NDArray[np.uint8]:
     """Return the square of an RGB image at (left, top), `side` pixels, antialiased bicubic as uint8 (3, size, size).
 
-    The pixels are those of Pillow's `resize` with a box, to the bit: the kernel computes what Pillow does, in a seventh of
-    the time, and Pillow itself what the kernel does not, or all of it where the native module is missing.
+    The pixels are those of Pillow's `resize` with a box, to the bit: the kernel computes what Pillow does in a fraction
+    of the time, and Pillow itself what the kernel does not, or all of it where the native module is missing.
     Raises `ValueError` for another mode or a square that is not within the image.
     """
     if image.mode != "RGB":

@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
 from dove_fast.jobs.progress import OnProgress, Progress, TimeLeft, describe_seconds
+from dove_fast.store.layout import flat_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "TokenizeSummary",
     "describe_shares",
-    "flat_settings",
     "progress_bar",
     "show_checkpoint",
     "show_installation",
@@ -231,15 +231,6 @@ def show_installation(console: Console) -> None:
     for op, backends in available_backends().items():
         _row(table, f"{op} runs on", ", ".join(backends))
     console.print(table)
-
-
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings by name; those in a mapping of their own as `mapping.name`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _table(title: str) -> Table:

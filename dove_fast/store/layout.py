@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "METADATA_KEY",
     "TOKEN_DTYPES",
     "StoreSettings",
+    "flat_settings",
     "hash_file",
     "read_manifest",
     "records_path",
@@ -119,7 +120,7 @@ def settings_id(settings: Mapping[str, Any]) -> str:
 
 def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one "name: old, now new" for each setting that differs; names inside the config are dotted."""
-    before, after = _flat(old), _flat(new)
+    before, after = dict(flat_settings(old)), dict(flat_settings(new))
     names = [*before, *(name for name in after if name not in before)]
     return [
         f"{name}: {before.get(name, 'absent')!r}, now {after.get(name, 'absent')!r}"
@@ -128,14 +129,13 @@ def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     ]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings by name; those in a mapping of their own as `mapping.name`."""
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            yield from flat_settings(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            yield prefix + name, value
 
 
 def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dove_fast.atomic import replacing
-from dove_fast.errors import StoreError
+from dove_fast.errors import StoreError, first_line
 from dove_fast.store.layout import ERRORS_NAME, METADATA_KEY
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def read_errors(directory: Path) -> list[InputError]:
     except FileNotFoundError:
         return []
     except (OSError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged: {_first_line(error)}") from error
+        raise StoreError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
@@ -159,8 +159,4 @@ def read_table(path: Path, columns: list[str] | None = None) -> pyarrow.Table:
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
     except (OSError, pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as error:
-        raise StoreError(f"{path} is damaged: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> Any:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise StoreError(f"{path} is damaged: {first_line(error)}") from error

@@ -12,11 +12,11 @@ from rich.console import Console
 from dove_fast.jobs.display import (
     TokenizeSummary,
     describe_shares,
-    flat_settings,
     progress_bar,
     show_tokenize_summary,
 )
 from dove_fast.jobs.progress import Progress
+from dove_fast.store.layout import flat_settings
 
 SHARES = {"decode": 0.352, "wait": 0.031, "encode": 0.5, "generate": 0.119, "write": 0.009}
 
