@@ -33,15 +33,20 @@ from dove_fast import TokenStore
 from dove_fast.data import ShortSideCenterCrop, decode_image, list_inputs
 from dove_fast.generation import LengthHistogram, TokenStream
 from dove_fast.jobs import LoadedModel, TokenizeOptions, load_model, tokenize
+from dove_fast.jobs.progress import Progress
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-SIDE, QUALITY, SHARD = 256, 90, 256
+SIDE, QUALITY = 256, 90
+# Images, and how many of them are a unit: the command's default. Enough that the start of the processes does not count.
+IMAGES, SHARD = 4096, 1024
+# Of the job that is taken apart, in one process: each stage alone has the cores then.
+STAGE_IMAGES = 512
 BATCH = 32
 MEMORY_IMAGES = (1000, 20000)
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """Write `count` crops of the photographs, at many scales."""
+def write_pictures(folder: Path, count: int, pixels: int = SIDE) -> None:
+    """Write `count` crops of the photographs, at many scales, each `pixels` wide and high."""
     random = np.random.default_rng(0)
     photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
     folder.mkdir()
@@ -49,7 +54,7 @@ def write_pictures(folder: Path, count: int) -> None:
         photo = photos[index % len(photos)]
         side = int(random.integers(SIDE // 2, min(photo.size)))
         left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
-        crop = photo.resize((SIDE, SIDE), box=(left, top, left + side, top + side))
+        crop = photo.resize((pixels, pixels), box=(left, top, left + side, top + side))
         crop.save(folder / f"{index:06d}.jpg", quality=QUALITY)
 
 
@@ -67,7 +72,7 @@ def write_shards(folder: Path, pictures: Path, size: int) -> None:
 def pictures(request, tmp_path_factory) -> Path:
     """The folder of pictures."""
     folder = tmp_path_factory.mktemp("offline") / "pictures"
-    write_pictures(folder, 64 if request.config.getoption("--quick") else 1024)
+    write_pictures(folder, 64 if request.config.getoption("--quick") else IMAGES)
     return folder
 
 
@@ -162,6 +167,39 @@ def bench_script(compare, loaded, pictures, tmp_path, batch) -> None:
         memory=False,
         batch_size=size,
     )
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("pixels", [SIDE, 2 * SIDE])
+def bench_stages(benchmark, loaded, tmp_path, batch, request, pixels, reduced) -> None:
+    """What each stage takes of an image, and how many bytes go in and out: what docs/OFFLINE.md reckons with."""
+    count = 64 if request.config.getoption("--quick") else STAGE_IMAGES
+    pictures = tmp_path / "pictures"
+    write_pictures(pictures, count, pixels)
+    options = TokenizeOptions(batch_size=max(batch, BATCH), shard_size=SHARD, reduced=reduced, workers=0)
+    job(pictures, tmp_path / "store", loaded, options)
+    last: list[Progress] = []
+    seconds = []
+
+    def measure() -> None:
+        shutil.rmtree(tmp_path / "store")
+        report = tokenize(pictures, tmp_path / "store", loaded, options, on_progress=last.append)
+        seconds.append(report.seconds)
+
+    benchmark.pedantic(measure, rounds=1)
+    stages = {stage: 1e3 * taken / count for stage, taken in last[-1].stage_seconds.items()}
+    # In one process the stages follow each other, so that they come to the whole.
+    assert 0.9 * seconds[0] < sum(last[-1].stage_seconds.values()) <= seconds[0]
+    tokens = TokenStore(tmp_path / "store")
+    benchmark.extra_info.update(
+        stage_ms=stages,
+        images=count,
+        mean_tokens=float(tokens.lengths.mean()),
+        jpeg_bytes=sum(file.stat().st_size for file in pictures.iterdir()) / count,
+        store_bytes=sum(file.stat().st_size for file in (tmp_path / "store").rglob("*") if file.is_file()) / count,
+        batch_size=options.batch_size,
+    )
+    print(f"{pixels} pixels{', reduced' if reduced else ''}, ms an image:", {k: round(v, 3) for k, v in stages.items()})
 
 
 @pytest.mark.parametrize("rival", ["simplejpeg", "turbojpeg", "torchcodec"])
