@@ -9,6 +9,7 @@ are spread by a quarter around their mean. GFLOP/s count what ours computes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import GPTNeoXModel
 from upstream import PYTHIA_70M, make_bidirectional, make_neox
 
 from dove_fast import DOVEConfig
+from dove_fast.evaluation.cost import token_decoder_flop
 from dove_fast.generation import Generation
 from dove_fast.models.gpt_neox import GPTNeoX
 from dove_fast.ragged import RaggedTokens
@@ -72,11 +74,8 @@ def spread_lengths(images: int, mean: int, most: int) -> list[int]:
 
 def flop_of(lengths: list[int], attends_padding: bool) -> float:
     """Return what ours needs: the first layer's qkv and MLP for the tokens, everything else for all T positions."""
-    config, positions = DOVEConfig.base().token_decoder, DOVEConfig.base().num_tokens
-    d, layers, rows = config.hidden_size, config.num_hidden_layers, positions * len(lengths)
-    inputs = 2.0 * d * (3 * d + 2 * config.intermediate_size)  # a row's qkv and MLP
-    keys = rows if attends_padding else sum(lengths)
-    return inputs * (sum(lengths) + (layers - 1) * rows) + layers * (2.0 * d * d * rows + 4.0 * d * positions * keys)
+    config = dataclasses.replace(DOVEConfig.base(), decoder_attends_padding=attends_padding)
+    return float(sum(token_decoder_flop(config, length) for length in lengths))
 
 
 def random_tokens(lengths: list[int], dtype: torch.dtype, device: torch.device) -> RaggedTokens:

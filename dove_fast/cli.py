@@ -12,14 +12,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from dove_fast.commands import export, info, reconstruct, tokenize, train, verify
+from dove_fast.commands import demo, evaluate, export, info, reconstruct, report, tokenize, train, verify
 from dove_fast.commands.options import EXIT_CODES, EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, fail
 from dove_fast.errors import DoveError
 
 __all__ = ["main"]
 
 # In the order in which the help lists them.
-COMMANDS = (tokenize, verify, reconstruct, export, train, info)
+COMMANDS = (tokenize, verify, reconstruct, export, train, evaluate, report, demo, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

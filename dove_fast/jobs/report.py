@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import heapq
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dove_fast.atomic import replacing
-from dove_fast.jobs.display import flat_settings
+from dove_fast.drawing import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, begin_drawing, histogram
+from dove_fast.html import begin_page, end_page, png, table, write_page
 from dove_fast.jobs.info import length_histogram
+from dove_fast.store.layout import flat_settings
 from dove_fast.store.reader import TokenStore
 from dove_fast.store.records import InputError, read_errors
 
@@ -26,30 +25,7 @@ __all__ = ["Curve", "Extreme", "Extremes", "ReportData", "RunFigures", "store_re
 
 # Errors that are named; of the others there is a number.
 MAX_ERRORS = 100
-# Pixels of a thumbnail's longer side, at most.
-THUMBNAIL = 128
 NO_PICTURES = "The longest and the shortest images are not shown: the process that wrote this page did not see them."
-# The drawings' own units, of which the text is 12 high.
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 72, 24, 16
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; --mark: #2a6fb0; --faint: #6b6b6b }
-@media (prefers-color-scheme: dark) { :root { --mark: #6cb2f0; --faint: #a0a0a0 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2; overflow-wrap: anywhere }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; width: 14rem }
-td, figcaption { overflow-wrap: anywhere }
-svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: currentColor }
-rect { fill: var(--mark) }
-polyline { fill: none; stroke: var(--mark); stroke-width: 1.5 }
-.axis { stroke: var(--line) }
-.images { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; width: 8rem }
-figure img { width: 8rem; height: auto; image-rendering: pixelated }
-figcaption, .faint { font-size: .85rem; color: var(--faint) }
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,23 +160,17 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
 
     Raises `OSError`.
     """
-    page = "\n".join(_page(data)) + "\n"
-    with replacing(Path(path), durable=False) as file:
-        # A name that the file system could not spell is shown as it came.
-        file.write(page.encode("utf-8", "backslashreplace"))
+    write_page(Path(path), _page(data))
 
 
 def _page(data: ReportData) -> Iterator[str]:
-    title = escape(data.title)
-    yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width">'
-    yield f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>"
-    yield from _table("Summary", _summary(data))
+    yield from begin_page(data.title)
+    yield from table("Summary", _summary(data))
     if len(data.lengths):
         yield "<h2>Lengths</h2>"
-        yield from _histogram(length_histogram(data.lengths, data.num_tokens))
+        yield from histogram(length_histogram(data.lengths, data.num_tokens))
     if data.run is not None:
-        yield from _table("This run", _run(data.run))
+        yield from table("This run", _run(data.run))
         if len(data.run.throughput) > 1:
             yield "<h2>Throughput of this run</h2>"
             yield from _line(data.run.throughput)
@@ -210,8 +180,8 @@ def _page(data: ReportData) -> Iterator[str]:
         yield f'<p class="faint">{NO_PICTURES}</p>'
     yield from _errors(data.errors)
     settings = [(name, str(value)) for name, value in flat_settings(data.settings) if value is not None]
-    yield from _table("Settings", settings)
-    yield "</body>\n</html>"
+    yield from table("Settings", settings)
+    yield from end_page()
 
 
 def _summary(data: ReportData) -> Iterator[tuple[str, str]]:
@@ -233,42 +203,12 @@ def _run(run: RunFigures) -> Iterator[tuple[str, str]]:
     yield "device", run.device
 
 
-def _table(title: str, rows: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> Iterator[str]:
-    lines = [f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows]
-    if lines:
-        yield f"<h2>{escape(title)}</h2>\n<table>"
-        yield from lines
-        yield "</table>"
-
-
-def _histogram(histogram: list[tuple[int, int, int]]) -> Iterator[str]:
-    """Draw a bar a range, as high as its images."""
-    tallest = max(count for _, _, count in histogram) or 1
-    step = (WIDTH - LEFT) / len(histogram)
-    yield from _begin_drawing("Images by number of tokens", f"{tallest:,}", "images")
-    for index, (first, last, count) in enumerate(histogram):
-        high = (HEIGHT - BOTTOM - TOP) * count / tallest
-        x = LEFT + step * index
-        yield (
-            f'<rect x="{x + 1:.2f}" y="{HEIGHT - BOTTOM - high:.2f}" width="{step - 2:.2f}" height="{high:.2f}">'
-            f"<title>length {_range(first, last)}: {count:,}</title></rect>"
-        )
-        yield f'<text x="{x + step / 2:.2f}" y="{HEIGHT - 8}" text-anchor="middle">{first}</text>'
-    yield "</svg>"
-    width = histogram[0][1] - histogram[0][0] + 1
-    yield f'<p class="faint">Below each bar stands the shortest length that it counts, of {width}.</p>'
-
-
-def _range(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
-
-
 def _line(points: Sequence[tuple[float, float]]) -> Iterator[str]:
     """Draw images/s over time."""
     longest = max(elapsed for elapsed, _ in points) or 1.0
     fastest = max(rate for _, rate in points) or 1.0
     wide, high = WIDTH - LEFT - 1, HEIGHT - BOTTOM - TOP
-    yield from _begin_drawing("Images per second over time", f"{fastest:,.1f}", "images/s")
+    yield from begin_drawing("Images per second over time", f"{fastest:,.1f}", "images/s")
     places = " ".join(
         f"{LEFT + wide * elapsed / longest:.2f},{HEIGHT - BOTTOM - high * rate / fastest:.2f}"
         for elapsed, rate in points
@@ -276,15 +216,6 @@ def _line(points: Sequence[tuple[float, float]]) -> Iterator[str]:
     yield f'<polyline points="{places}"/>'
     yield f'<text x="{LEFT}" y="{HEIGHT - 8}">0 s</text>'
     yield f'<text x="{WIDTH}" y="{HEIGHT - 8}" text-anchor="end">{longest:,.0f} s</text>\n</svg>'
-
-
-def _begin_drawing(label: str, most: str, unit: str) -> Iterator[str]:
-    yield f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-    for y in (TOP, HEIGHT - BOTTOM):
-        yield f'<line class="axis" x1="{LEFT}" y1="{y}" x2="{WIDTH}" y2="{y}"/>'
-    yield f'<text x="{LEFT - 6}" y="{TOP + 4}" text-anchor="end">{most}</text>'
-    yield f'<text x="{LEFT - 6}" y="{TOP + 20}" text-anchor="end">{unit}</text>'
-    yield f'<text x="{LEFT - 6}" y="{HEIGHT - BOTTOM}" text-anchor="end">0</text>'
 
 
 def _images(title: str, extremes: Sequence[Extreme]) -> Iterator[str]:
@@ -295,23 +226,13 @@ def _images(title: str, extremes: Sequence[Extreme]) -> Iterator[str]:
         key = escape(extreme.key)
         tokens = "1 token" if extreme.length == 1 else f"{extreme.length} tokens"
         yield (
-            f'<figure><img src="{_png(extreme.pixels)}" alt="{key}"><figcaption>{key}<br>{tokens}</figcaption></figure>'
+            f'<figure><img src="{png(extreme.pixels)}" alt="{key}"><figcaption>{key}<br>{tokens}</figcaption></figure>'
         )
     yield "</div>"
 
 
-def _png(pixels: Tensor) -> str:
-    from PIL import Image
-
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _errors(errors: Sequence[InputError]) -> Iterator[str]:
-    yield from _table("Errors", [(error.key, error.reason) for error in errors[:MAX_ERRORS]])
+    yield from table("Errors", [(error.key, error.reason) for error in errors[:MAX_ERRORS]])
     more = len(errors) - MAX_ERRORS
     if more > 0:
         yield f'<p class="faint">and {more:,} more, see errors.jsonl</p>'

@@ -1,0 +1,166 @@
+"""dove-fast evaluate: a checkpoint and images in, tables and plots of what its tokens are worth out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dove_fast.commands.options import EXIT_DONE, EXIT_SET_ASIDE, add_command, load, positive
+
+if TYPE_CHECKING:
+    from dove_fast.commands.options import Commands
+    from dove_fast.evaluation.results import Evaluation
+
+__all__ = ["add"]
+
+EXAMPLES = """examples:
+  dove-fast evaluate tiny photos/ out/                       the model that comes with the package
+  dove-fast evaluate model/ 'val-{000..006}.tar' out/ --images 5000 --device cuda
+  dove-fast evaluate model/ val/ out/ --lpips-weights vgg16.pth \\
+      --inception-weights weights-inception-2015-12-05-6726825d.pth
+  dove-fast evaluate model/ val/ out/ --probe labelled/ --probe digits
+
+OUT gets evaluation.md (tables), evaluation.json (the same for programs) and plots: quality.svg, lengths.svg and
+complexity.svg. Inputs that cannot be decoded are named with their reason in OUT/errors.jsonl."""
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    summary = "measure what a model's tokens are worth, by token count: PSNR, SSIM, LPIPS, rFID, lengths, codebook"
+    parser = add_command(commands, "evaluate", summary, EXAMPLES)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the model's directory, or tiny")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="images, as INPUT of dove-fast tokenize. Of WebDataset shards with texts and boxes, and a model with a "
+        "tokenizer, it is also measured what the texts do",
+    )
+    parser.add_argument("output", metavar="OUT", help="the directory of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that OUT holds")
+    parser.add_argument("--images", type=positive, metavar="N", help="the first N images, and N texts (default: all)")
+    parser.add_argument(
+        "--lengths", type=_lengths, metavar="N,N,..", help="token counts (default: 1/8, 2/8, .. 8/8 of the most)"
+    )
+    parser.add_argument(
+        "--eos-threshold",
+        type=float,
+        metavar="P",
+        help="the probability above which an image ends (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--vqgan",
+        metavar="DIR",
+        help="the checkpoint whose VQGAN stands in the table alone, such as what CHECKPOINT was trained from (default: "
+        "CHECKPOINT's own, whose decoder may have learnt with the tokens)",
+    )
+    networks = parser.add_argument_group("networks that measure, left out without weights")
+    networks.add_argument("--lpips-weights", metavar="FILE", help="of torchvision's vgg16, or what --lpips-net names")
+    networks.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="(default: vgg)")
+    networks.add_argument(
+        "--inception-weights",
+        metavar="FILE",
+        help="weights-inception-2015-12-05-6726825d.pth, what torch-fidelity and torchmetrics load",
+    )
+    networks.add_argument(
+        "--allow-download", action="store_true", help="download the weights and data sets that are not here"
+    )
+    probing = parser.add_argument_group("linear probes")
+    probing.add_argument(
+        "--probe",
+        action="append",
+        default=[],
+        metavar="DATA",
+        help="a folder with a folder of images for each class, digits, or cifar10:ROOT, cifar100:ROOT, stl10:ROOT; "
+        "repeatable",
+    )
+    probing.add_argument("--probe-images", type=positive, metavar="N", help="N images of each (default: all)")
+    running = parser.add_argument_group("how it runs")
+    running.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    running.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: the checkpoint's; tiny's is float32)",
+    )
+    running.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="images given to the model at a time (default: %(default)s)",
+    )
+    running.add_argument("--max-errors", type=int, metavar="N", help="stop when more inputs cannot be read")
+    running.add_argument("--no-plots", action="store_true", help="do without matplotlib")
+    parser.set_defaults(run=run, resume="nothing was written, run the same command again")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be token counts such as 8,16,32, got {text!r}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    from dove_fast.evaluation.evaluate import EvaluateOptions, evaluate
+    from dove_fast.evaluation.outputs import TABLE_NAME, check_output, write_outputs
+    from dove_fast.evaluation.plots import check_matplotlib
+    from dove_fast.jobs.display import progress_bar
+    from dove_fast.store.layout import ERRORS_NAME
+
+    output = Path(arguments.output)
+    options = EvaluateOptions(
+        images=arguments.images,
+        lengths=arguments.lengths,
+        batch_size=arguments.batch_size,
+        eos_threshold=arguments.eos_threshold,
+        max_errors=arguments.max_errors,
+        lpips_weights=arguments.lpips_weights,
+        lpips_net=arguments.lpips_net,
+        inception_weights=arguments.inception_weights,
+        allow_download=arguments.allow_download,
+        vqgan=arguments.vqgan,
+        probes=tuple(arguments.probe),
+        probe_images=arguments.probe_images,
+    )
+    check_output(output, overwrite=arguments.overwrite)
+    if not arguments.no_plots:
+        check_matplotlib()
+    loaded = load(arguments)
+    with progress_bar("evaluate") as on_progress:
+        outcome = evaluate(loaded, arguments.checkpoint, arguments.data, options, on_progress=on_progress)
+    write_outputs(output, outcome.evaluation, outcome.errors, plots=not arguments.no_plots)
+    _show(outcome.evaluation)
+    context = outcome.evaluation.context
+    rate = context.images / context.seconds
+    print(f"{output}: {context.images} images in {context.seconds:.1f} s, {rate:.1f} images/s; see {TABLE_NAME}")
+    if outcome.errors:
+        where = f"{output}/{ERRORS_NAME}"
+        print(f"dove-fast: {len(outcome.errors)} inputs were set aside, see {where}", file=sys.stderr)
+        return EXIT_SET_ASIDE
+    return EXIT_DONE
+
+
+def _show(evaluation: Evaluation) -> None:
+    """Print the table of quality, and what was left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    left_out = {measure.name: measure.left_out for measure in evaluation.context.measures if measure.left_out}
+    table = Table()
+    table.add_column("")
+    columns = ["tokens", "PSNR, dB", "SSIM", *(name for name in ("LPIPS", "rFID") if name not in left_out)]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in evaluation.rows:
+        figures = [f"{row.tokens:.1f}", f"{row.psnr.mean:.2f}", f"{row.ssim.mean:.4f}"]
+        figures += [] if row.lpips is None else [f"{row.lpips.mean:.4f}"]
+        figures += [] if row.rfid is None else [f"{row.rfid:.2f}"]
+        table.add_row(row.name, *figures)
+    Console().print(table)
+    for name, reason in left_out.items():
+        print(f"{name}: left out, {reason}")
+    for warning in evaluation.context.warnings:
+        print(f"dove-fast: {warning}", file=sys.stderr)

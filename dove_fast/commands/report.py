@@ -1,0 +1,102 @@
+"""dove-fast report: what a model does, as one page of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dove_fast.commands.options import EXIT_DONE, EXIT_SET_ASIDE, add_command, fail, load, positive
+
+if TYPE_CHECKING:
+    from dove_fast.commands.options import Commands
+    from dove_fast.evaluation.report import OnStage
+
+__all__ = ["add"]
+
+REPORT_EXAMPLES = """examples:
+  dove-fast report tiny photos/ report.html
+  dove-fast report model/ "shards/*.tar" report.html --images 12 --device cuda
+  dove-fast report model/ photos/ report.html --evaluation figures/   with what dove-fast evaluate measured
+
+The page is one file, which loads nothing: it opens offline, and can be sent as it is."""
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    summary = "show what a model does, as one page of pictures"
+    parser = add_command(commands, "report", summary, REPORT_EXAMPLES)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the model's directory, or tiny")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="images to show: a folder, a text file of paths, WebDataset shards or Parquet files, as for tokenize",
+    )
+    parser.add_argument("output", metavar="OUT.html", help="the page; one that is there is replaced")
+    parser.add_argument(
+        "--images", type=positive, default=8, metavar="N", help="images shown, simple to complex (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluation",
+        metavar="DIR",
+        help="where dove-fast evaluate wrote evaluation.json (default: OUT's folder, if there is one)",
+    )
+    parser.add_argument(
+        "--vqgan",
+        metavar="DIR",
+        help="the checkpoint whose VQGAN is shown alone, such as what CHECKPOINT was trained from (default: "
+        "CHECKPOINT's own, whose decoder may have learnt with the tokens)",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: the checkpoint's; tiny's is float32)",
+    )
+    parser.set_defaults(run=run, resume="nothing was written")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    from dove_fast.evaluation.report import check_output, find_evaluation, make_page
+    from dove_fast.evaluation.report_page import write_report
+
+    output = check_output(arguments.output)
+    evaluation = find_evaluation(output, arguments.evaluation)
+    loaded = load(arguments)
+    with _bar() as on_stage:
+        page = make_page(
+            loaded,
+            arguments.checkpoint,
+            arguments.data,
+            evaluation,
+            images=arguments.images,
+            vqgan=arguments.vqgan,
+            on_stage=on_stage,
+        )
+    write_report(output, page)
+    shown = page.shown
+    print(f"{output}: {len(shown.keys)} of {shown.looked_at} images, {output.stat().st_size / 1e6:.1f} MB")
+    if shown.errors:
+        return fail(EXIT_SET_ASIDE, f"{len(shown.errors)} inputs could not be read, the end of {output} says why")
+    return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[OnStage | None]:
+    """Show what is being made on stderr while the block runs; None where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("report", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield show
