@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from dove_fast.data.load import Loaded, Transform
 from dove_fast.data.prefetch import prefetch
-from dove_fast.data.worker import DecodeWorker, WorkerDiedError, decode_here
+from dove_fast.data.worker import Answer, DecodeWorker, WorkerDiedError, decode_here
 
 __all__ = ["Decoders"]
 
@@ -17,6 +17,8 @@ Item = TypeVar("Item")
 
 # How often an image may be alone with a process that dies before it is blamed.
 TRIES = 2
+# The share of its time that decoding has a processor, with the cores to itself, unless it waits for files.
+BUSY = 0.5
 CRASHED = f"decoding it ended the decoding process {TRIES} times: a crash of the decoder, or too little memory"
 
 
@@ -25,9 +27,11 @@ class Decoders:
 
     A process that dies is started again, and its images are tried again, each alone; one that was alone with `TRIES`
     dying processes comes back as a reason. `seconds`: the time that was spent on loading so far, all workers together.
+    `yielding`: decode while the consumer waits, and not while it works, as long as it is the processor that decoding
+    takes and not a slow disk: for a consumer that computes on all cores, whose threads wait for the slowest of them.
     """
 
-    def __init__(self, transform: Transform, workers: int) -> None:
+    def __init__(self, transform: Transform, workers: int, *, yielding: bool = False) -> None:
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}")
         self._transform = transform
@@ -35,7 +39,8 @@ class Decoders:
         self._lock = threading.Lock()
         self._all: list[DecodeWorker] = []
         self._idle: list[DecodeWorker] = []
-        self.seconds = 0.0
+        self._yielding = yielding
+        self.seconds = self._busy_seconds = 0.0
 
     def map(
         self, chunks: Iterable[Item], contents: Callable[[Item], Sequence[str | bytes]], *, depth: int
@@ -53,7 +58,9 @@ class Decoders:
             for chunk in chunks:
                 yield load(chunk)
         else:
-            yield from prefetch(load, chunks, workers=self.workers, depth=depth, abandon=self._abandon)
+            yield from prefetch(
+                load, chunks, workers=self.workers, depth=depth, in_bursts=self._in_bursts, abandon=self._abandon
+            )
 
     def _load(self, contents: Sequence[str | bytes]) -> list[Loaded | str]:
         if self.workers == 0 or not contents:
@@ -72,10 +79,18 @@ class Decoders:
                 continue
         return CRASHED
 
-    def _counted(self, answer: tuple[list[Loaded | str], float]) -> list[Loaded | str]:
+    def _counted(self, answer: Answer) -> list[Loaded | str]:
         with self._lock:
-            self.seconds += answer[1]
-        return answer[0]
+            self.seconds += answer.seconds
+            self._busy_seconds += answer.busy_seconds
+        return answer.loaded
+
+    def _in_bursts(self) -> bool:
+        with self._lock:
+            # Once it is reading that takes the time, it is done beside the consumer's work, for good: from then on the
+            # processor is shared, and its share says nothing.
+            self._yielding = self._yielding and self._busy_seconds >= BUSY * self.seconds
+            return self._yielding
 
     @contextlib.contextmanager
     def _worker(self) -> Iterator[DecodeWorker]:

@@ -6,7 +6,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 __all__ = ["prefetch", "read_ahead"]
@@ -24,18 +25,21 @@ def prefetch(
     *,
     workers: int,
     depth: int,
+    in_bursts: Callable[[], bool] = lambda: False,
     abandon: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in order, computed by `workers` threads.
 
-    At most `depth` items are taken from `items` ahead of the consumer, so memory is bounded by `depth` results.
+    At most `depth` items are taken from `items` ahead of the consumer, so memory is bounded by `depth` results. While
+    `in_bursts` says so they are computed `depth` at a time, as the consumer waits, and none while it works: for a
+    consumer that needs all cores itself.
     An exception of `function` is raised at its item's turn. Closing the generator drops what has not started and waits
     for what has; `abandon` is called before, where there is something to cut short.
     Raises `ValueError` unless `workers` and `depth` are at least 1.
     """
     if workers < 1 or depth < 1:
         raise ValueError(f"workers and depth must be at least 1, got {workers} and {depth}")
-    return _prefetch(function, items, workers, depth, abandon)
+    return _prefetch(function, items, workers, depth, in_bursts, abandon)
 
 
 def _prefetch(
@@ -43,16 +47,20 @@ def _prefetch(
     items: Iterable[Item],
     workers: int,
     depth: int,
+    in_bursts: Callable[[], bool],
     abandon: Callable[[], None] | None,
 ) -> Generator[Result, None, None]:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="dove-fast-load")
     pending: deque[Future[Result]] = deque()
+    remaining = iter(items)
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) == depth:
-                yield pending.popleft().result()
-        while pending:
+        while True:
+            if not (pending and in_bursts()):
+                pending.extend(pool.submit(function, item) for item in islice(remaining, depth - len(pending)))
+                if in_bursts():
+                    wait(pending)
+            if not pending:
+                return
             yield pending.popleft().result()
     except BaseException:
         if abandon is not None:

@@ -13,10 +13,12 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
+from typing import NamedTuple
 
+from dove_fast import native
 from dove_fast.data.load import Loaded, Transform, load_image
 
-__all__ = ["DecodeWorker", "WorkerDiedError", "decode_here"]
+__all__ = ["Answer", "DecodeWorker", "WorkerDiedError", "decode_here"]
 
 # Seconds for a worker to end by itself once its pipe is closed.
 PATIENCE = 5.0
@@ -29,11 +31,19 @@ class WorkerDiedError(Exception):
     """A worker ended while it decoded: a crash of a decoder, too little memory, or a kill."""
 
 
-def decode_here(contents: Sequence[str | bytes], transform: Transform) -> tuple[list[Loaded | str], float]:
-    """Load images in this process; returns them, or why not, and the seconds it took."""
-    start = time.perf_counter()
+class Answer(NamedTuple):
+    """Images, or why not, the seconds that loading them took, and those in which the process had a processor for it."""
+
+    loaded: list[Loaded | str]
+    seconds: float
+    busy_seconds: float
+
+
+def decode_here(contents: Sequence[str | bytes], transform: Transform) -> Answer:
+    """Load images in this process."""
+    start, busy = time.perf_counter(), time.process_time()
     loaded = [load_image(content, transform) for content in contents]
-    return loaded, time.perf_counter() - start
+    return Answer(loaded, time.perf_counter() - start, time.process_time() - busy)
 
 
 class DecodeWorker:
@@ -51,7 +61,7 @@ class DecodeWorker:
         self._pipe: Connection | None = None
         self._killed = False
 
-    def decode(self, contents: Sequence[str | bytes]) -> tuple[list[Loaded | str], float]:
+    def decode(self, contents: Sequence[str | bytes]) -> Answer:
         """Return what `decode_here` would.
 
         Raises `WorkerDiedError`, after which the next request starts a new process, unless `kill` ended it; `OSError`
@@ -71,8 +81,7 @@ class DecodeWorker:
             raise answer
         if isinstance(answer, str):
             raise RuntimeError(f"an error in the decoding process that is no image's: {answer}")
-        loaded, seconds = answer
-        return loaded, seconds
+        return Answer(*answer)
 
     def _start(self) -> Connection:
         settings = pickle.dumps((self._transform, _pillow_limits()))
@@ -144,9 +153,7 @@ def _pillow_limits() -> tuple[int | None, bool]:
     return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def _answered(
-    contents: Sequence[str | bytes], transform: Transform
-) -> tuple[list[Loaded | str], float] | OSError | str:
+def _answered(contents: Sequence[str | bytes], transform: Transform) -> Answer | OSError | str:
     try:
         return decode_here(contents, transform)
     except MemoryError:
@@ -166,6 +173,10 @@ def serve(handle: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What cannot be used is set aside with its reason, so that Pillow need not say it too.
     warnings.simplefilter("ignore")
+    module = native.without_torch()
+    if module is not None:
+        # Images are large blocks, which would be faulted in anew one after the other.
+        module.keep_freed_memory()
     pipe = Connection(handle)
     try:
         transform, (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) = pipe.recv()

@@ -128,7 +128,7 @@ class Work:
         """
         try:
             self._decoding = 0.0
-            with _quiet_pillow(), contextlib.closing(Decoders(self._transform, self._limits.workers)) as decoders:
+            with _quiet_pillow(), contextlib.closing(self._decoders()) as decoders:
                 self._learn_keys()
                 self._count()
                 self._report()
@@ -141,6 +141,9 @@ class Work:
             raise
         if units is None:
             self.conclude()
+
+    def _decoders(self) -> Decoders:
+        return Decoders(self._transform, self._limits.workers, yielding=self._model.device.type == "cpu")
 
     def conclude(self) -> None:
         """Take over what others did; if all units are done, finish the store.

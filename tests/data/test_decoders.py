@@ -27,6 +27,7 @@ from killing_transform import (
 )
 from made_pictures import add_bad, make_pictures
 from PIL import Image, ImageFile
+from waiting_transform import WaitingTransform
 
 from dove_fast.data import Decoders, Loaded, ShortSideCenterCrop, load_image, worker
 from dove_fast.data.decoders import CRASHED
@@ -115,6 +116,16 @@ def test_results_are_those_of_this_process_in_order(chunks, workers):
     assert len(decoders._all) <= workers
     decoders.close()
     decoders.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_decoding_yields_unless_it_waits_itself(busy):
+    with contextlib.closing(Decoders(WaitingTransform(busy=busy), 1, yielding=True)) as decoders:
+        assert mapped(decoders, [[picture(20)]] * 6, depth=2)
+        assert decoders._in_bursts() == busy
+    with contextlib.closing(Decoders(WaitingTransform(busy=True), 1)) as decoders:
+        mapped(decoders, [[picture(20)]] * 2)
+        assert not decoders._in_bursts()
 
 
 def test_a_negative_count_is_refused():
@@ -231,8 +242,8 @@ def test_a_medium_that_fails_does_not_end_the_worker(tmp_path):
 def test_a_dead_worker_says_so_and_the_next_request_starts_another(tmp_path, capfd):
     worker = DecodeWorker(KillingTransform(str(tmp_path)))
     assert worker.close() is None
-    loaded, seconds = worker.decode([picture(20)])
-    assert isinstance(loaded[0], Loaded) and seconds > 0
+    loaded, seconds, busy = worker.decode([picture(20)])
+    assert isinstance(loaded[0], Loaded) and seconds > 0 and busy > 0
     # Killed while nobody asks anything of it.
     os.kill(worker._process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker._process.pid, os.WEXITED | os.WNOWAIT)

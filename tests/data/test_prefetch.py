@@ -32,6 +32,42 @@ def test_no_more_than_depth_items_are_taken_ahead(workers, depth):
         assert taken - consumed <= depth
 
 
+def test_in_bursts_nothing_is_computed_while_the_consumer_works():
+    running, seen = [], []
+
+    def work(item):
+        running.append(item)
+        time.sleep(0.005)
+        running.remove(item)
+        seen.append(item)
+        return item
+
+    stream = prefetch(work, range(11), workers=3, depth=4, in_bursts=lambda: True)
+    for item in stream:
+        assert not running
+        # All of this burst, and none of the next one.
+        assert sorted(seen) == list(range(min(item // 4 * 4 + 4, 11)))
+        time.sleep(0.01)
+    assert item == 10
+
+
+def test_bursts_may_end_on_the_way():
+    bursts = iter([True] * 6)
+    stream = prefetch(str, range(30), workers=2, depth=4, in_bursts=lambda: next(bursts, False))
+    assert list(stream) == [str(item) for item in range(30)]
+
+
+@pytest.mark.parametrize("in_bursts", [False, True])
+def test_an_error_in_a_burst_is_raised_at_its_items_turn(in_bursts):
+    def work(item):
+        return 1 // (item - 2)
+
+    stream = prefetch(work, range(10), workers=2, depth=6, in_bursts=lambda: in_bursts)
+    assert [next(stream), next(stream)] == [-1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+
+
 def test_an_exception_is_raised_at_its_items_turn():
     def work(item):
         if item == 3:
