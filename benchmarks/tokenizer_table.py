@@ -18,7 +18,8 @@ from dove_fast.atomic import replacing
 HEAD = ("tokenizer", "images/s", "x VQGAN", "of peak", "tokens", "positions", "GFLOP", "weights", "bytes of tokens")
 NOTES = """\
 - Images to tokens; nobody decodes, unless it has to in order to know a length. All weights are random, and DOVE's
-  lengths are imposed. The VQGAN's rows give features and no tokens yet.
+  lengths are imposed. The engine's schedule is given the distribution that they are drawn from, and measured costs.
+  The VQGAN's rows give features and no tokens yet.
 - x VQGAN: how many times as fast as diffusers' `VQModel.encode` as it comes, timed in turn with it. The first row is
   that encoder against itself and shows the noise.
 - Of peak: GFLOP a second, as a share of what the best matrix product reached in the same run.
@@ -26,26 +27,25 @@ NOTES = """\
   differ in width and depth. GFLOP: products, convolutions and attention of the call, two a multiply-add. Weights: those
   that the call reads. Bytes: vectors as they come, codes at their bits; a vector says more than a code.
 - TiTok and ALIT are shapes: their published sizes and structure in plain torch, not their authors' programs. Nothing
-  here is about the quality of their tokens or ours. ALIT decodes its tokens after each rollout but the last, for its
+  here is about the quality of their tokens or ours. On a CPU the engine's linear layers run on weights that oneDNN
+  laid out once; theirs are plain `nn.Linear`. ALIT decodes its tokens after each rollout but the last, for its
   masks; with "lengths chosen" after every one, to pixels, and it stops an image at DOVE's length in whole rollouts.
 """
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows that a file holds and the machine they were measured on; the published sizes where it has them.
-
-    Raises `SystemExit` where it has no such rows.
-    """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    found = [
-        benchmark["extra_info"]
-        for benchmark in data["benchmarks"]
-        if benchmark["name"].startswith("bench_tokenizer[") and "row" in benchmark["extra_info"]
-    ]
-    if not found:
+    """Return `rows_of` what a file holds. Raises `SystemExit` where it has no such rows."""
+    rows, machine = rows_of(json.loads(path.read_text(encoding="utf-8")))
+    if not rows:
         raise SystemExit(f"{path} holds no figures of bench_tokenizers.py; run that first")
+    return rows, machine
+
+
+def rows_of(content: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return a run's rows, those of the published sizes where it has them, and the machine they were measured on."""
+    found = [benchmark["extra_info"] for benchmark in content["benchmarks"] if "facts" in benchmark["extra_info"]]
     size = "base" if any(row["size"] == "base" for row in found) else "small"
-    return [row for row in found if row["size"] == size], data["machine_info"]
+    return [row for row in found if row["size"] == size], content["machine_info"]
 
 
 def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:

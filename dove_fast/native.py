@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,9 +59,22 @@ def load() -> ModuleType:
 def without_torch() -> ModuleType | None:
     """Return `dove_fast._C`, or None where it cannot be loaded; imports no torch, for processes that need none.
 
-    Then the system's OpenMP runtime is loaded, if it has one, and a torch that comes later takes the same.
+    It takes the OpenMP runtime of the torch that is installed, as with torch, and the system's where torch has none; a
+    torch that comes later finds it loaded.
     """
-    return _import()[0] if "torch" in sys.modules else _module()[0]
+    if "torch" in sys.modules:
+        return _import()[0]
+    for runtime in _runtimes_of_torch():
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    return _module()[0]
+
+
+def _runtimes_of_torch() -> list[Path]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return []
+    return sorted((Path(spec.origin).parent / "lib").glob("libgomp*.so*"))
 
 
 def why_no_native() -> str | None:

@@ -9,15 +9,21 @@ from __future__ import annotations
 import ast
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).parent.parent
+# Where mkdocs runs there is nothing else that finds it.
+sys.path.append(str(ROOT / "benchmarks"))
+
+import tokenizer_table  # noqa: E402
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = "performance.md"
 MARKER = "<!-- figures -->"
@@ -49,6 +55,8 @@ def section(content: dict[str, Any], name: str) -> str:
     machine = content["machine_info"]
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items() if version)
     device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    # The rows of the speed table are no comparison of ours with theirs: they have a table of their own.
+    comparisons = [benchmark for benchmark in content["benchmarks"] if "facts" not in benchmark["extra_info"]]
     lines = [
         f"## {name.removesuffix('.json')}",
         "",
@@ -56,10 +64,16 @@ def section(content: dict[str, Any], name: str) -> str:
         f"{machine['cores']} cores, {machine['system']} {machine['machine']}; {content['datetime'][:10]}; "
         f"Python {machine['python']}, {versions}. File: [{name}](../benchmarks/results/{name}).",
         "",
-        *_overview(content["benchmarks"]),
-        *_cases(content["benchmarks"]),
+        *_tokenizers(content),
+        *_overview(comparisons),
+        *_cases(comparisons),
     ]
     return "\n".join(lines)
+
+
+def _tokenizers(content: dict[str, Any]) -> list[str]:
+    rows, machine = tokenizer_table.rows_of(content)
+    return [tokenizer_table.table(rows, machine), ""] if rows else []
 
 
 def _by_function(benchmarks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -27,7 +27,9 @@ def resize_square(image: Image.Image, left: int, top: int, side: int, size: int)
     if image.mode != "RGB":
         raise ValueError(f"image must have mode RGB, got {image.mode!r}")
     width, height = image.size
-    if side < 1 or size < 1 or min(left, top) < 0 or left + side > width or top + side > height:
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if side < 1 or min(left, top) < 0 or left + side > width or top + side > height:
         raise ValueError(f"the square at ({left}, {top}) of {side} pixels is not within {width} x {height} pixels")
     # Beyond that Pillow resizes columns first, from its version 13 on, and rounds between in another place.
     lines_first = height - size <= max(0, 2 * (width - size))

@@ -32,7 +32,7 @@ class LossConfig:
     codebook_weight: float = 0.0
     commitment_weight: float = 0.0
     # The squared error of the token decoder's features against the VQGAN's: it teaches tokens what they are to carry
-    # without the VQGAN's decoder, which is most of a step. Not in the paper; 0: off. [reading]
+    # without a backward through the VQGAN's decoder, which is most of a step. Not in the paper; 0: off. [reading]
     feature_weight: float = 0.0
     # lambda: log-linear from the first to the second value over so many steps, then constant. "Extremely small" and
     # growing in the paper, without values. [reading]
@@ -53,7 +53,12 @@ class LossConfig:
     @property
     def weighs_pixels(self) -> bool:
         """Whether any term reads the reconstruction; without one the VQGAN's decoder learns nothing."""
-        return bool(self.mse_weight or self.perceptual_weight or self.adversarial_weight)
+        return bool(self.weighs_images or self.adversarial_weight)
+
+    @property
+    def weighs_images(self) -> bool:
+        """Whether any term compares the reconstruction with its image."""
+        return bool(self.mse_weight or self.perceptual_weight)
 
     def eos_weight(self, step: int) -> float:
         """Return lambda at an optimiser step, counted from 0."""

@@ -29,7 +29,7 @@ class LossTerms:
     total: () what is minimised. mse, perceptual, adversarial, eos: () means over the images, not weighed; inside their
     regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. codebook,
     commitment: () `codebook_terms`, 0 where they were not given. features: () the token decoder's mean squared error in
-    feature space, not weighed, 0 where it is not. eos_weight: lambda.
+    feature space, inside the regions, not weighed; 0 where it is off. eos_weight: lambda.
     errors: (B,) each image's mean squared error inside its region, what the threshold learns from; NaN for a region
     without a pixel.
     """

@@ -303,6 +303,15 @@ class TrainConfig:
                 "[loss] mse_weight, perceptual_weight and adversarial_weight are 0: no term reads the pixels that the "
                 'VQGAN makes, so that it cannot be trained; weigh one, or set [run] frozen = "vqgan"'
             )
+        if self.loss.adaptive_adversarial and self.loss.adversarial_weight and not self.loss.weighs_images:
+            raise ValueError(
+                "[loss] adaptive_adversarial scales to the gradient of the pixels' error, and mse_weight and "
+                "perceptual_weight are 0; weigh one, or set it to false"
+            )
+        if not (self.loss.weighs_pixels or self.loss.feature_weight):
+            raise ValueError("[loss] no term reconstructs: set mse_weight, perceptual_weight or feature_weight")
+        if self.run.longest_forced_length and not self.run.forced_length_share:
+            raise ValueError("[run] longest_forced_length is for forced lengths: set forced_length_share")
         trains_codebook = self.loss.codebook_weight > 0
         if self.run.codebook_restart_steps and not trains_codebook:
             raise ValueError("[run] codebook_restart_steps needs a codebook that is trained: [loss] codebook_weight")

@@ -116,12 +116,13 @@ def test_features_count_by_their_share_of_the_region(batch, mask):
         errors = (made[row] - features[row]).square().mean(dim=0)
         expected.append((share * errors).sum() / share.sum())
     assert_close(terms.features, torch.stack(expected).mean().detach(), RELATIVE[torch.float64])
-    assert_close(terms.total.detach(), 2 * terms.features, 1e-9)
     assert terms.irrelevant > 0
+    expected = 2 * terms.features + loss.config.irrelevant_weight * terms.irrelevant
+    assert_close(terms.total.detach(), expected, RELATIVE[torch.float64])
     gradients = torch.autograd.grad(terms.total, (features, made), allow_unused=True)
     assert gradients[0] is None
     # The first region ends within features of the third row: from there on the gradient is w_irr's.
-    assert gradients[1][0, :, 3:].abs().max() < 1e-9 < gradients[1][0, :, :3, 1:3].abs().min()
+    assert gradients[1][0, :, 3:].abs().max() < loss.config.irrelevant_weight < gradients[1][0, :, :3, 1:3].abs().min()
 
 
 def test_features_that_do_not_fit(batch):

@@ -342,6 +342,17 @@ def test_features_without_pixels():
         assert "no term reads the pixels" in message and '[run] frozen = "vqgan"' in message
     make(loss=features)
     make(run={"frozen": "encoder"}, loss={"feature_weight": 1.0})
+    message = refusal(ValueError, loss=features | {"feature_weight": 0.0})
+    assert message == "[loss] no term reconstructs: set mse_weight, perceptual_weight or feature_weight"
+    adversary = features | {"adversarial_weight": 0.1, "adaptive_adversarial": True}
+    message = refusal(ValueError, run={"frozen": "encoder"}, loss=adversary)
+    assert message.startswith("[loss] adaptive_adversarial scales to the gradient of the pixels' error")
+
+
+def test_a_longest_length_of_none():
+    message = refusal(ValueError, run={"longest_forced_length": 4})
+    assert message == "[run] longest_forced_length is for forced lengths: set forced_length_share"
+    make(run={"longest_forced_length": 4, "forced_length_share": 0.1})
 
 
 def test_unknown_and_missing_sections_and_fields():
