@@ -3,7 +3,8 @@
     with open_page(path.as_uri()) as page:
         assert page.title() == "..."
 
-`page` is playwright's `Page`. The test is skipped, with the reason, where playwright or Chromium is missing.
+`page` is playwright's `Page`. Where playwright or Chromium is missing, the test is skipped with the reason, and fails
+with it where the environment variable CI is true: there the pages must have been tried.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -48,10 +49,13 @@ def open_page(
     open, which code under test, and a second `open_page` inside the first, could not bear. Run a server in a thread or
     process of its own.
     """
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    try:
+        from playwright import sync_api
+    except ImportError as error:
+        do_without(f"needs playwright, pip install playwright ({error})")
     chromium = next(filter(None, map(shutil.which, NAMES)), None)
     if chromium is None:
-        pytest.skip(f"needs Chromium on the PATH ({', '.join(NAMES)})")
+        do_without(f"needs Chromium on the PATH ({', '.join(NAMES)})")
     problems: list[str] = []
 
     def only_here(route: Route) -> None:
@@ -94,6 +98,13 @@ def open_page(
                 assert problems == []
         finally:
             browser.close()
+
+
+def do_without(reason: str) -> NoReturn:
+    """Skip the test, or fail it where the environment variable CI is true."""
+    if os.environ.get("CI", "").lower() in ("true", "1"):
+        pytest.fail(f"CI is true, and this test would be skipped: {reason}", pytrace=False)
+    pytest.skip(reason)
 
 
 def is_here(url: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import secrets
 import threading
 from collections import OrderedDict
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dove_fast.data import ShortSideCenterCrop, decode_image
+from dove_fast.data import DecodeError, ShortSideCenterCrop, decode_image
+from dove_fast.data.formats import pillow_formats
 from dove_fast.errors import DoveError
 from dove_fast.evaluation import laplacian_variance
 from dove_fast.evaluation.attention import step_attention
@@ -24,7 +26,7 @@ from dove_fast.evaluation.measures import psnr, unit_pixels
 from dove_fast.evaluation.pictures import to_pixels
 from dove_fast.html import png
 from dove_fast.models.dove import DOVE
-from dove_fast.models.inputs import check_queries
+from dove_fast.models.inputs import check_length_options, check_queries
 from dove_fast.models.lengths import eos_lengths
 from dove_fast.ragged import RaggedTokens
 
@@ -32,6 +34,8 @@ __all__ = ["Gallery", "Reading", "Reconstruction", "UnknownPictureError"]
 
 # The share of the values that the picture of the tokens shows unclipped.
 SHOWN = 0.99
+# Of a picture that is decoded, which takes some ten times as many bytes: what cameras of 50 megapixels write.
+MAX_PIXELS = 52_000_000
 
 
 class UnknownPictureError(DoveError):
@@ -87,15 +91,20 @@ class _Kept:
 class Gallery:
     """Reads pictures with one model, and keeps the tokens of the last `keep` of them.
 
-    batch_size: how many reconstructions are computed at a time, at most.
+    batch_size: how many reconstructions are computed at a time, at most. eos_threshold: the EOS probability above which
+    a picture ends; None takes the configuration's.
     Safe to call from several threads: calls take turns, so that memory is bounded by one call's work.
     """
 
-    def __init__(self, model: DOVE, *, keep: int = 16, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: DOVE, *, keep: int = 16, batch_size: int = 32, eos_threshold: float | None = None
+    ) -> None:
         for name, value in (("keep", keep), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_length_options(model.config, None, None, eos_threshold, None)
         self.model, self.batch_size = model, batch_size
+        self.eos_threshold = model.config.eos_threshold if eos_threshold is None else float(eos_threshold)
         self._keep = keep
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,10 +114,12 @@ class Gallery:
     def read(self, content: bytes, query: str = "") -> Reading:
         """Read an encoded picture, any format of `dove_fast.data`; `query` is a text for the model's tokenizer.
 
-        Raises `DecodeError` for bytes that are no picture, `ValueError` for a query that this model cannot read,
-        `ImportError` for one without the `tokenizers` library, and `DoveError` for a model that gives NaN.
+        Raises `DecodeError` for bytes that are no picture or one of more than `MAX_PIXELS`, `ValueError` for a query
+        that this model cannot read, `ImportError` for one without the `tokenizers` library, and `DoveError` for a model
+        that gives NaN or infinity.
         """
         with self._turn():
+            _check_size(content)
             model, config = self.model, self.model.config
             decoded = decode_image(content)
             pixels = torch.from_numpy(ShortSideCenterCrop(config.image_size)(decoded.image))
@@ -116,12 +127,11 @@ class Gallery:
             # All T tokens are wanted, so the plain forward computes nothing in vain, and its features serve all.
             features = model.encode(pixels[None].to(model.device))
             states, logits = model.generate(features, ids)
-            if not states.isfinite().all():
-                raise DoveError(
-                    f"the model gives NaN or infinity in {model.dtype}; start the demo with another --dtype"
-                )
+            self._check_finite(states, logits)
             grid = features.transpose(1, 2).unflatten(2, (config.grid_size, config.grid_size))
-            alone = unit_pixels(model.render(model.vqgan.quantize(grid)[0]).cpu())
+            rendered = model.render(model.vqgan.quantize(grid)[0])
+            self._check_finite(rendered)
+            alone = unit_pixels(rendered.cpu())
             attention = step_attention(model, features, ids).to_image.mean(dim=(0, 1))
             name = secrets.token_urlsafe(12)
             self._kept[name] = _Kept(pixels, states[0])
@@ -131,8 +141,8 @@ class Gallery:
                 id=name,
                 width=decoded.width,
                 height=decoded.height,
-                length=int(eos_lengths(logits, config.eos_threshold)[0]),
-                threshold=config.eos_threshold,
+                length=int(eos_lengths(logits, self.eos_threshold)[0]),
+                threshold=self.eos_threshold,
                 eos=logits[0].sigmoid().tolist(),
                 complexity=float(laplacian_variance(pixels[None])[0]),
                 original=png(pixels, config.image_size),
@@ -146,7 +156,8 @@ class Gallery:
     def reconstruct(self, name: str, lengths: Sequence[int]) -> list[Reconstruction]:
         """Decode the first n tokens of the picture `name`, for each n of `lengths`, at most `batch_size` of them.
 
-        Raises `UnknownPictureError`, and `ValueError` for lengths out of 1 to T or too many of them.
+        Raises `UnknownPictureError`, `ValueError` for lengths out of 1 to T or too many of them, and `DoveError` for a
+        model that gives NaN or infinity.
         """
         most = self.model.config.num_tokens
         if not 1 <= len(lengths) <= self.batch_size:
@@ -163,7 +174,9 @@ class Gallery:
             self._kept.move_to_end(name)
             kept = self._kept[name]
             tokens = RaggedTokens.from_rows([kept.tokens[:length] for length in lengths])
-            made = unit_pixels(self.model.decode(tokens).cpu())
+            decoded = self.model.decode(tokens)
+            self._check_finite(decoded)
+            made = unit_pixels(decoded.cpu())
             decibels = psnr(unit_pixels(kept.pixels[None]).expand_as(made), made).tolist()
             return [
                 Reconstruction(length, png(to_pixels(picture), picture.shape[-1]), value)
@@ -174,12 +187,35 @@ class Gallery:
         """Refuse all calls from now on, those that wait for their turn too, with `DoveError`."""
         self._closed = True
 
+    def _check_finite(self, *values: Tensor) -> None:
+        """Pictures before they are clamped, where infinity would pass for white."""
+        if not all(bool(value.isfinite().all()) for value in values):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise DoveError(f"the model gives NaN or infinity in {dtype}; start the demo with another --dtype")
+
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         with self._lock:
             if self._closed:
                 raise DoveError("the demo is ending")
             yield
+
+
+def _check_size(content: bytes) -> None:
+    """Refuse what would fill the memory, from the header alone; `upright_size` decodes a PNG or TIFF to turn it."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=pillow_formats()) as image:
+            width, height = image.size
+    except Exception:
+        # What is no picture, or too large for Pillow itself, decoding refuses with its reason.
+        return
+    if width * height > MAX_PIXELS:
+        raise DecodeError(
+            f"too many pixels: {width} x {height} are {width * height / 1e6:.0f} million, more than the "
+            f"{MAX_PIXELS // 10**6} that are taken"
+        )
 
 
 def _differences(tokens: Tensor) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import socket
 import socketserver
@@ -18,19 +19,19 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from dove_fast import __version__
 from dove_fast.data import DecodeError
+from dove_fast.demo.connection import ClientGoneError, Incoming, Outgoing
 from dove_fast.demo.gallery import Gallery, UnknownPictureError
+from dove_fast.demo.guard import Guard, RefusedError, is_loopback
 from dove_fast.errors import DoveError
 
 __all__ = ["MAX_BYTES", "DemoServer"]
 
-# An upload's bytes at most, and the requests that may wait for the model or send at a time.
-MAX_BYTES, MAX_REQUESTS = 32 << 20, 16
-# Seconds that a client may be silent within its request.
-PATIENCE = 10
+# An upload's bytes at most, the calls that may send or wait for the model at a time, and the clients, each a thread.
+MAX_BYTES, MAX_REQUESTS, MAX_CONNECTIONS = 32 << 20, 16, 64
 # Pieces in which an upload that is refused is read to its end, and how much of it.
 PIECE, MAX_DISCARDED = 1 << 16, 8 * MAX_BYTES
 
@@ -50,19 +51,12 @@ HEADERS = {
 }
 
 
-class _RefusedError(Exception):
-    """An answer other than 200, with the message for the page."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class DemoServer:
-    """Serves the demo's page for one gallery at `url`, until `serve` is left by an exception or `close` is called.
+    """Serves the demo's page for one gallery at `url`, while `serve` runs, until `close` is called.
 
-    Port 0 takes one that is free; `port` says which. Nothing that a client sends is written to a file or to a log, no
-    path that it names is looked up on the disk, and other sites' pages are refused.
+    name: what the page calls the model. Port 0 takes one that is free; `port` says which. `is_local` tells whether this
+    machine alone reaches it. Nothing that a client sends is written to a file or to a log, no path that it names is
+    looked up on the disk, and what other sites' pages ask is refused, see `Guard`.
     Raises `ValueError` for a port that is in use, or an address that cannot be served.
     """
 
@@ -76,22 +70,31 @@ class DemoServer:
             if error.errno == errno.EADDRINUSE:
                 raise ValueError(f"port {port} is in use on {host}; give another one, or --port 0 for any") from error
             raise ValueError(f"cannot serve on {host}, port {port}: {error.strerror or error}") from error
+        address = str(self._server.server_address[0])
         self.port: int = self._server.server_address[1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.is_local = is_loopback(address)
+        # All of the machine's addresses are none that a browser could open.
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, host)
+        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
+        self._serving = threading.Lock()
+        self._closed = False
 
     def serve(self) -> None:
-        """Answer requests, each in a thread of its own, until `stop` or an exception such as `KeyboardInterrupt`."""
-        # Wakes often, so that stopping does not wait.
-        self._server.serve_forever(0.1)
-
-    def stop(self) -> None:
-        """Make `serve`, in another thread, return."""
-        self._server.shutdown()
+        """Answer requests, each in a thread of its own, until `close` or an exception such as `KeyboardInterrupt`."""
+        with self._serving:
+            while not self._closed:
+                self._server.handle_request()
 
     def close(self) -> None:
-        """Free the port and hang up on all clients; returns when the answer that is being computed is ready."""
+        """Make `serve` return, free the port, and hang up on all clients.
+
+        From any thread but one that is inside `serve`; before `serve`, after it, or twice. Returns when the answer that
+        is being computed is ready.
+        """
+        self._closed = True
         self._gallery.close()
-        self._server.server_close()
+        with self._serving:
+            self._server.server_close()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -102,6 +105,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     request_queue_size = 32
+    # Seconds in which `handle_request` returns, so that closing does not wait.
+    timeout = 0.1
 
     def __init__(self, address: tuple[str, int], gallery: Gallery, name: str) -> None:
         self.gallery = gallery
@@ -125,6 +130,11 @@ class _Server(socketserver.ThreadingTCPServer):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
+        self.guard = Guard(address[0], str(self.server_address[0]))
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Hang up on more clients than there may be; the silent ones among them go soon."""
+        return len(self.connections) < MAX_CONNECTIONS
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Remember the connection while its thread runs."""
@@ -145,100 +155,101 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that went away."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], ClientGoneError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = PATIENCE
     server: _Server
 
+    def setup(self) -> None:
+        """Read and write by the files that know a client's failures from the server's."""
+        self.connection = self.request
+        self.rfile, self.wfile = io.BufferedReader(Incoming(self.request)), Outgoing(self.request)
+
     def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        if path in self.server.files:
-            self._send(HTTPStatus.OK, *self.server.files[path])
-        else:
-            self._answer()
+        self._answer()
 
     def do_POST(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
-        """Answer a call of the page's with JSON; what went wrong is {"error": message}."""
-        if not self.server.places.acquire(blocking=False):
-            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again")
-            return
+        """Answer with one of the page's files, or its call with JSON; what went wrong is {"error": message}."""
+        self._unread = self._content_length() or 0
         try:
-            status, found = HTTPStatus.OK, self._call()
-        except _RefusedError as error:
-            status, found = error.status, {"error": str(error)}
-        except DecodeError as error:
-            status, found = HTTPStatus.UNPROCESSABLE_ENTITY, {"error": f"this picture cannot be read: {error}"}
-        except UnknownPictureError as error:
-            status, found = HTTPStatus.NOT_FOUND, {"error": str(error)}
-        except (ValueError, ImportError) as error:
-            status, found = HTTPStatus.BAD_REQUEST, {"error": str(error)}
-        except DoveError as error:
-            status, found = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": str(error)}
-        except OSError:
-            # The client is gone.
+            self.server.guard.check(self.headers)
+            address = urlsplit(self.path)
+            if self.command == "GET" and address.path in self.server.files:
+                content, kind = self.server.files[address.path]
+            else:
+                content, kind = _encoded(self._call(address)), "application/json"
+        except ClientGoneError:
             raise
+        except RefusedError as error:
+            self._send_error(error.status, str(error))
+        except DecodeError as error:
+            self._send_error(HTTPStatus.UNPROCESSABLE_ENTITY, f"this picture cannot be read: {error}")
+        except UnknownPictureError as error:
+            self._send_error(HTTPStatus.NOT_FOUND, str(error))
+        except (ValueError, ImportError) as error:
+            self._send_error(HTTPStatus.BAD_REQUEST, str(error))
+        except DoveError as error:
+            self._send_error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
         except Exception as error:
             traceback.print_exc()
-            status, found = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{type(error).__name__}: {error}"}
+            self._send_error(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+        else:
+            self._send(HTTPStatus.OK, content, kind)
+
+    def _call(self, address: SplitResult) -> dict[str, Any]:
+        self.server.guard.check_call(self.command, self.headers)
+        if not self.server.places.acquire(blocking=False):
+            raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again")
+        try:
+            match self.command, address.path.strip("/").split("/"):
+                case "GET", ["api", "model"]:
+                    return self.server.about
+                case "GET", ["api", "reconstructions", name, lengths]:
+                    found = self.server.gallery.reconstruct(name, _counts(lengths))
+                    return {"reconstructions": [dataclasses.asdict(one) for one in found]}
+                case "POST", ["api", "tokenize"]:
+                    content = self._body()
+                    query = parse_qs(address.query, errors="strict").get("query", [""])[0].strip()
+                    return dataclasses.asdict(self.server.gallery.read(content, query))
         finally:
             self.server.places.release()
-        self._send_json(status, found)
-
-    def _call(self) -> dict[str, Any]:
-        # A page of another site may not make this machine compute.
-        if self.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
-            raise self._refused(HTTPStatus.FORBIDDEN, "only the demo's own page may ask")
-        address = urlsplit(self.path)
-        match self.command, address.path.strip("/").split("/"):
-            case "GET", ["api", "model"]:
-                return self.server.about
-            case "GET", ["api", "reconstructions", name, lengths]:
-                found = self.server.gallery.reconstruct(name, _counts(lengths))
-                return {"reconstructions": [dataclasses.asdict(one) for one in found]}
-            case "POST", ["api", "tokenize"]:
-                content = self._body()
-                query = parse_qs(address.query, errors="strict").get("query", [""])[0].strip()
-                return dataclasses.asdict(self.server.gallery.read(content, query))
-        raise self._refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+        raise RefusedError(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def _body(self) -> bytes:
         length = self._content_length()
         if length is None:
-            raise self._refused(HTTPStatus.LENGTH_REQUIRED, "the request does not say how long it is")
+            raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "the request does not say how long it is")
         if length > MAX_BYTES:
-            raise self._refused(
+            raise RefusedError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"the file has {length / 2**20:.1f} MiB, more than the {MAX_BYTES >> 20} that are taken",
             )
         if length == 0:
-            raise self._refused(HTTPStatus.BAD_REQUEST, "the file is empty")
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the file is empty")
         content = self.rfile.read(length)
         if len(content) < length:
-            raise ConnectionError("the client went away")
+            raise ClientGoneError("the client went away")
+        self._unread = 0
         return content
 
     def _content_length(self) -> int | None:
         text = self.headers.get("Content-Length", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
-    def _refused(self, status: HTTPStatus, message: str) -> _RefusedError:
-        """Return the refusal, once what the client still sends is read: before that it does not listen."""
-        left = min(self._content_length() or 0, MAX_DISCARDED)
+    def _send_error(self, status: HTTPStatus, message: str) -> None:
+        """Send the reason, once what the client still sends is read: before that it does not listen."""
+        left = min(self._unread, MAX_DISCARDED)
         while left > 0:
             piece = self.rfile.read(min(left, PIECE))
             if not piece:
                 break
             left -= len(piece)
-        return _RefusedError(status, message)
-
-    def _send_json(self, status: HTTPStatus, found: dict[str, Any]) -> None:
-        self._send(status, json.dumps(found, allow_nan=False).encode(), "application/json")
+        self._send(status, _encoded({"error": message}), "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
         self.send_response(status)
@@ -253,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer as the rest does where http.server itself refuses a request: an unknown method, a broken line."""
         status = HTTPStatus(code)
-        self._send_json(status, {"error": message or status.phrase})
+        self._send(status, _encoded({"error": message or status.phrase}), "application/json")
 
     def version_string(self) -> str:
         """Say no more than needed."""
@@ -261,6 +272,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write nothing: what people look at is theirs."""
+
+
+def _encoded(found: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(found, allow_nan=False).encode()
+    except ValueError as error:
+        raise DoveError(f"the answer cannot be sent: {error}") from error
 
 
 def _counts(text: str) -> list[int]:

@@ -42,6 +42,5 @@ def serve() -> Iterator[Callable[..., DemoServer]]:
 
     yield start
     for server, thread in running:
-        server.stop()
         server.close()
         thread.join()

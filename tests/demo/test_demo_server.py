@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from small_models import NUM_TOKENS
+from small_models import NUM_TOKENS, micro_model
 
-from dove_fast.demo import DemoServer, Gallery
+from dove_fast.demo import DemoServer, Gallery, Reconstruction, connection
 from dove_fast.demo import server as demo_server
+from dove_fast.demo.guard import PAGE_HEADER
 
 PHOTO = (Path(__file__).parents[2] / "examples" / "photos" / "chelsea.jpg").read_bytes()
 
 
 def ask(server: DemoServer, method: str, path: str, body: bytes | None = None, **headers: str):
-    """Return (status, headers, body as it came)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    """Return (status, headers, body as it came); a POST is the page's, unless `headers` say otherwise."""
+    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        response = connection.getresponse()
+        client.request(method, path, body, {PAGE_HEADER: "test", **given} if method == "POST" else given)
+        response = client.getresponse()
         return response.status, response.headers, response.read()
     finally:
-        connection.close()
+        client.close()
 
 
 def ask_json(server: DemoServer, method: str, path: str, body: bytes | None = None, **headers: str):
     status, kinds, content = ask(server, method, path, body, **headers)
     assert kinds["Content-Type"] == "application/json"
     return status, json.loads(content)
+
+
+def post(length: int | str) -> bytes:
+    """Begin a request to read a picture of so many bytes."""
+    head = ("POST /api/tokenize HTTP/1.1", "Host: localhost", f"{PAGE_HEADER}: test", f"Content-Length: {length}")
+    return "\r\n".join([*head, "", ""]).encode()
 
 
 def refused(answer, status: int, text: str) -> None:
@@ -42,10 +52,10 @@ def refused(answer, status: int, text: str) -> None:
 
 def raw(server: DemoServer, request: bytes) -> bytes:
     """Send bytes that are no proper request, and return all that comes back."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+        client.sendall(request)
+        client.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def test_the_page_and_its_files(model, serve):
@@ -151,13 +161,15 @@ def test_other_methods_and_broken_requests(model, serve):
     refused(ask_json(server, "DELETE", "/api/model"), 501, "Unsupported method")
     status, headers, content = ask(server, "HEAD", "/")
     assert status == 501 and content == b"" and headers["X-Content-Type-Options"] == "nosniff"
-    assert b"411" in raw(server, b"POST /api/tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n").split(b"\r\n")[0]
-    for length in (b"-5", b"many", b"9" * 400):
-        request = b"POST /api/tokenize HTTP/1.1\r\nContent-Length: " + length + b"\r\n\r\nabc"
-        assert raw(server, request).split(b"\r\n")[0].split(b" ")[1] == b"411"
+    assert (
+        b" 411 " in raw(server, post(3).replace(b"Content-Length: 3", b"Transfer-Encoding: chunked")).split(b"\r\n")[0]
+    )
+    for length in ("-5", "many", "9" * 400):
+        assert b" 411 " in raw(server, post(length) + b"abc").split(b"\r\n")[0]
     assert b'{"error"' in raw(server, b"nonsense\r\n\r\n")
     # A client that goes away in the middle gets nothing, and nobody minds.
-    assert raw(server, b"POST /api/tokenize HTTP/1.1\r\nContent-Length: 1000\r\n\r\nabc") == b""
+    assert raw(server, post(1000) + b"abc") == b""
+    assert b" 400 " in raw(server, b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n").split(b"\r\n")[0]
     assert ask(server, "GET", "/")[0] == 200
 
 
@@ -169,6 +181,61 @@ def test_other_sites_pages_are_refused(model, serve):
     assert ask(server, "POST", "/api/tokenize", PHOTO, Sec_Fetch_Site="same-origin")[0] == 200
     # A link to the page is no harm.
     assert ask(server, "GET", "/", Sec_Fetch_Site="cross-site")[0] == 200
+    for origin in (
+        "http://example.com",
+        "null",
+        f"https://127.0.0.1:{server.port}",
+        f"http://localhost:{server.port}",
+        "http://127.0.0.1:1",
+        f"http://127.0.0.1:{server.port}/",
+        "",
+    ):
+        for method, path, body in (("POST", "/api/tokenize", PHOTO), ("GET", "/api/model", None), ("GET", "/", None)):
+            refused(ask_json(server, method, path, body, Origin=origin), 403, "only the demo's own page may ask")
+    assert ask(server, "POST", "/api/tokenize", PHOTO, Origin=server.url)[0] == 200
+    # Over plain http within a network a browser says no more than this, and a form cannot send the header.
+    answer = ask_json(server, "POST", "/api/tokenize", PHOTO, **{PAGE_HEADER: ""})
+    refused(answer, 403, f"only the demo's own page may ask; it sends {PAGE_HEADER}")
+    # What a browser asks first, where a page of another site would send it.
+    status, headers, _ = ask(server, "OPTIONS", "/api/tokenize", Origin="http://example.com")
+    assert status == 501 and not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_other_hosts_are_refused(model, serve):
+    """A site that gives its name this machine's address would have the page's origin."""
+    server = serve(model)
+    for host in (
+        "example.com",
+        f"example.com:{server.port}",
+        "localhost.example.com",
+        "a@localhost",
+        "0.0.0.0",
+        "10.0.0.1",
+        "",
+    ):
+        for method, path, body in (("POST", "/api/tokenize", PHOTO), ("GET", "/api/model", None), ("GET", "/", None)):
+            answer = ask_json(server, method, path, body, Host=host, Origin=f"http://{host}")
+            refused(answer, 421, "open the address that it printed")
+    for host in ("127.0.0.1", "localhost", "LocalHost", "[::1]"):
+        for port in (f":{server.port}", ":9999", ""):
+            # Through a tunnel the port is another.
+            headers = {"Host": host + port, "Origin": f"http://{host}{port}"}
+            assert ask(server, "POST", "/api/tokenize", PHOTO, **headers)[0] == 200
+            assert ask(server, "GET", "/", **headers)[0] == 200
+    assert raw(server, b"GET / HTTP/1.0\r\n\r\n").split(b"\r\n")[0].split(b" ")[1] == b"421"
+    twice = b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: example.com\r\n\r\n"
+    assert raw(server, twice).split(b"\r\n")[0].split(b" ")[1] == b"421"
+
+
+def test_hosts_where_other_machines_are_let_in(model, serve, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "Box.lan")
+    server = serve(model, host="0.0.0.0")
+    assert not server.is_local and server.url == f"http://127.0.0.1:{server.port}"
+    for host in ("localhost", "127.0.0.1", "box.lan", "box", "BOX.local", "192.168.1.7", "[fd00::1]"):
+        assert ask(server, "GET", "/", Host=f"{host}:{server.port}")[0] == 200
+    for host in ("example.com", "box.example.com", "0.0.0.0", "[::]", "[box]", "1.2.3"):
+        refused(ask_json(server, "GET", "/", Host=f"{host}:{server.port}"), 421, "open the address that it printed")
+    assert serve(model).is_local and serve(model, host="localhost").is_local
 
 
 def test_clients_at_once(model, serve):
@@ -195,24 +262,98 @@ def test_clients_at_once(model, serve):
 def test_too_many_clients_at_once(model, serve, monkeypatch):
     monkeypatch.setattr(demo_server, "MAX_REQUESTS", 1)
     server = serve(model)
-    head = f"POST /api/tokenize HTTP/1.1\r\nContent-Length: {len(PHOTO)}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
-        slow.sendall(head + PHOTO[:100])
+        slow.sendall(post(len(PHOTO)) + PHOTO[:100])
         answer = (200, {})
         while answer[0] == 200:
             answer = ask_json(server, "GET", "/api/model")
         refused(answer, 503, "too many requests at once")
+        # One that sends all of its picture before it listens gets this answer, too, and the page comes as ever.
+        refused(ask_json(server, "POST", "/api/tokenize", bytes(16 << 20)), 503, "too many requests at once")
+        assert ask(server, "GET", "/")[0] == 200
         slow.sendall(PHOTO[100:])
         assert b" 200 " in slow.recv(20)
     assert ask(server, "GET", "/api/model")[0] == 200
+
+
+def test_slow_clients_do_not_hold_their_places(model, serve, monkeypatch, capfd):
+    """A byte now and then is not enough: all of a request has one time limit."""
+    monkeypatch.setattr(demo_server, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(connection, "DEADLINE", 0.6)
+    server = serve(model)
+    for head in (post(len(PHOTO)), b"GET / HTTP/1.1\r\nX-Long: "):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+            slow.sendall(head)
+            start = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() - start < connection.PATIENCE:
+                    slow.sendall(b"a")
+                    time.sleep(0.05)
+        assert 0.5 < time.monotonic() - start < 5
+    assert ask(server, "GET", "/api/model")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_many_connections(model, serve, monkeypatch):
+    """Silent ones, which have not asked for anything yet."""
+    monkeypatch.setattr(demo_server, "MAX_CONNECTIONS", 2)
+    server = serve(model)
+    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(2)]
+    with pytest.raises(ConnectionError):
+        ask(server, "GET", "/")
+    for one in silent:
+        one.close()
+    for _ in range(100):
+        try:
+            assert ask(server, "GET", "/")[0] == 200
+            break
+        except ConnectionError:
+            time.sleep(0.02)
+    else:
+        raise AssertionError("their places are not free again")
+
+
+def test_the_servers_own_failures_are_not_taken_for_the_clients(serve, capfd):
+    class Failing(Gallery):
+        def read(self, content: bytes, query: str = ""):
+            raise OSError(28, "No space left on device")
+
+    server = serve(Failing(micro_model()))
+    refused(ask_json(server, "POST", "/api/tokenize", PHOTO), 500, "OSError: [Errno 28] No space left")
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_an_answer_that_is_no_json(serve):
+    class Failing(Gallery):
+        def reconstruct(self, name: str, lengths):
+            return [Reconstruction(1, "", float("nan"))]
+
+    server = serve(Failing(micro_model()))
+    refused(ask_json(server, "GET", "/api/reconstructions/a/1"), 500, "the answer cannot be sent: ")
+
+
+def test_closing(model):
+    """From another thread it ends `serve`; before `serve`, and a second time, it does no harm."""
+    server = DemoServer(Gallery(model))
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    assert ask(server, "GET", "/")[0] == 200
+    server.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    with pytest.raises(ConnectionRefusedError):
+        ask(server, "GET", "/")
+    server.close()
+    server.serve()
+    never = DemoServer(Gallery(model))
+    never.close()
+    never.serve()
 
 
 def test_a_failing_model_is_a_clear_answer(serve, capfd):
     class Failing(Gallery):
         def read(self, content: bytes, query: str = ""):
             raise RuntimeError("out of memory")
-
-    from small_models import micro_model
 
     server = serve(Failing(micro_model()))
     refused(ask_json(server, "POST", "/api/tokenize", PHOTO), 500, "RuntimeError: out of memory")

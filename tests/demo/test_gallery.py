@@ -15,6 +15,7 @@ from small_models import IMAGE_SIZE, NUM_TOKENS, micro_model, sample_images
 from dove_fast import RaggedTokens
 from dove_fast.data import DecodeError
 from dove_fast.demo import Gallery, UnknownPictureError
+from dove_fast.demo import gallery as gallery_module
 from dove_fast.errors import DoveError
 from dove_fast.evaluation import laplacian_variance
 from dove_fast.evaluation.attention import step_attention
@@ -133,6 +134,28 @@ def test_too_many_pixels(model, monkeypatch):
         Gallery(model).read(png(some_pixels()[0]))
 
 
+def test_large_pictures_are_refused_before_they_are_decoded(model, monkeypatch):
+    """PNG, TIFF and turned JPEG, of which `upright_size` would decode two."""
+    monkeypatch.setattr(gallery_module, "decode_image", lambda content: pytest.fail("it was decoded"))
+    for kind in ("PNG", "TIFF", "JPEG"):
+        buffer = io.BytesIO()
+        Image.new("1", (8001, 6500)).save(buffer, kind)
+        with pytest.raises(DecodeError, match="too many pixels: 8001 x 6500 are 52 million, more than the 52 that are"):
+            Gallery(model).read(buffer.getvalue())
+
+
+def test_another_threshold(model):
+    images = some_pixels()
+    for threshold in (0.3, 0.9):
+        gallery = Gallery(model, eos_threshold=threshold, keep=100)
+        readings = [gallery.read(png(pixels)) for pixels in images]
+        lengths = model.tokenize(images, eos_threshold=threshold).host_lengths
+        assert [reading.length for reading in readings] == list(lengths)
+        assert {reading.threshold for reading in readings} == {threshold}
+    with pytest.raises(ValueError, match="eos_threshold must lie between 0 and 1"):
+        Gallery(model, eos_threshold=0.0)
+
+
 def test_lengths_that_are_refused(model):
     gallery = Gallery(model, batch_size=3)
     name = gallery.read(png(some_pixels()[0])).id
@@ -165,8 +188,20 @@ def test_the_last_few_are_kept(model):
 def test_a_model_that_gives_nan_says_so():
     model = micro_model()
     model.generator.final_layer_norm.bias.data[0] = torch.nan
-    with pytest.raises(DoveError, match="NaN or infinity in torch"):
+    with pytest.raises(DoveError, match="NaN or infinity in float32; start the demo with another --dtype"):
         Gallery(model).read(png(some_pixels()[0]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_decoder_that_gives_nan_or_infinity_says_so(value):
+    """Infinity too, which clamping would show as white."""
+    model, content = micro_model(), png(some_pixels()[0])
+    gallery = Gallery(model)
+    name = gallery.read(content).id
+    model.vqgan.decoder.conv_out.bias.data[0] = value
+    for call in (lambda: gallery.read(content), lambda: gallery.reconstruct(name, [1, 2])):
+        with pytest.raises(DoveError, match="NaN or infinity in float32"):
+            call()
 
 
 def test_a_closed_gallery_refuses(model):

@@ -124,6 +124,44 @@ def test_the_threshold_moves_the_end(model, serve):
         assert len(ends) > 1, "the thresholds must give different ends for this test to say anything"
 
 
+def test_the_models_threshold_holds_until_it_is_moved(model, serve):
+    """It need not be one of the slider's steps, nor within its range."""
+    eos = Gallery(model).read(PHOTO.read_bytes()).eos
+    for threshold, text in ((0.5, "0.50"), (0.4567, "0.4567"), (0.9995, "0.9995"), (0.0004, "0.0004")):
+        with open_page(serve(Gallery(model, eos_threshold=threshold)).url) as page:
+            give(page, PHOTO)
+            end = next((step for step, p in enumerate(eos, start=1) if p > threshold), NUM_TOKENS)
+            assert page.text_content("#count") == f"{end} of {NUM_TOKENS} tokens."
+            assert page.evaluate("shown.threshold") == threshold
+            assert page.text_content("#threshold-value") == page.text_content("#eos-plot .of-level") == text
+            assert f"{text} or below" in page.text_content("#why") or f"above {text}" in page.text_content("#why")
+            page.fill("#threshold", "0.3")
+            assert page.evaluate("shown.threshold") == 0.3 and page.text_content("#threshold-value") == "0.30"
+
+
+def test_the_last_picture_given_is_read_again(model, serve):
+    """Although an earlier one takes longer to be at hand."""
+    with open_page(serve(model).url) as page:
+        page.wait_for_selector("body[data-ready]")
+        page.evaluate(
+            """async () => {
+            const draw = (colour) => new Promise((done) => {
+                const canvas = document.createElement("canvas");
+                canvas.width = canvas.height = 16;
+                const context = canvas.getContext("2d");
+                context.fillStyle = colour;
+                context.fillRect(0, 0, 16, 16);
+                canvas.toBlob(done);
+            });
+            const slow = await draw("#f00"), quick = await draw("#00f"), arrayBuffer = slow.arrayBuffer.bind(slow);
+            slow.arrayBuffer = () => new Promise((done) => setTimeout(() => done(arrayBuffer()), 300));
+            await Promise.all([give(slow), give(quick)]);
+            await give(content);
+        }"""
+        )
+        assert (pixels_of(page.get_attribute("#original", "src")) == [0, 0, 255]).all()
+
+
 def test_the_tokens_and_where_they_look(model, serve):
     gallery = Gallery(model)
     reading = gallery.read(PHOTO.read_bytes())
@@ -202,7 +240,6 @@ def test_what_goes_wrong_is_said(model, serve, tmp_path, monkeypatch):
         page.evaluate("shown.made.delete(7)")
         page.fill("#slider", "7")
         page.wait_for_selector("#error:has-text('no longer kept')")
-        server.stop()
         server.close()
         page.set_input_files("#file", PHOTO)
         page.wait_for_selector("#error:has-text('The demo does not answer')")

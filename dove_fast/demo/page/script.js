@@ -2,12 +2,14 @@
 
 const byId = (id) => document.getElementById(id);
 const tokens = (n) => (n === 1 ? "1 token" : `${n} tokens`);
+// A probability with two digits, or more where it has them.
+const exact = (p) => (Number(p.toFixed(2)) === p ? p.toFixed(2) : String(p));
 // Reconstructions asked for ahead at a time, the milliseconds that they are to take, and those of one that is too slow.
 const AHEAD = 8, TARGET = 400, SLOW = 4000;
 
 let model = null; // What /api/model says.
 let content = null; // The picture's bytes as they were given, to read them again with another query.
-let shown = null; // What is looked at: {reading, made: Map from length to reconstruction, kept, chosen}.
+let shown = null; // What is looked at: {reading, made: Map from length to reconstruction, threshold, kept, chosen}.
 let latest = 0; // Counts the pictures given; what belongs to an earlier one is dropped when it arrives.
 
 async function call(path, options) {
@@ -39,16 +41,19 @@ async function give(blob) {
   }
   say("Reading the picture …");
   try {
-    content = await blob.arrayBuffer().then((bytes) => new Blob([bytes]), () => {
+    const picture = await blob.arrayBuffer().then((bytes) => new Blob([bytes]), () => {
       throw new Error("This file cannot be read. Is it a folder?");
     });
+    if (mine !== latest) return;
+    content = picture;
     byId("ask").disabled = false;
     const query = byId("query").value.trim();
     const path = query ? `api/tokenize?query=${encodeURIComponent(query)}` : "api/tokenize";
-    const reading = await call(path, { method: "POST", body: content });
+    const reading = await call(path, { method: "POST", body: picture, headers: { "X-Dove-Fast": "page" } });
     const first = await reconstruct(reading.id, [reading.length]);
     if (mine !== latest) return;
-    shown = { reading, made: new Map(first), kept: reading.length, chosen: reading.length };
+    const { threshold, length } = reading;
+    shown = { reading, made: new Map(first), threshold, kept: length, chosen: length };
     say("");
     showReading();
     fetchAhead(shown);
@@ -116,6 +121,7 @@ function showReading() {
   const { reading } = shown, count = reading.eos.length;
   byId("result").hidden = false;
   byId("slider").max = count;
+  // The slider stands on the nearest of its steps; the threshold is the model's until it is moved.
   byId("threshold").value = reading.threshold;
   byId("original").src = reading.original;
   byId("about-original").title = "Complexity: the variance of the Laplacian of the grey picture";
@@ -129,15 +135,15 @@ function showReading() {
 }
 
 function showKept(length) {
-  const threshold = Number(byId("threshold").value), { eos } = shown.reading;
+  const { threshold, reading: { eos } } = shown;
   const stopped = eos[length - 1] > threshold;
   shown.kept = length;
   byId("count").textContent = `${length} of ${tokens(eos.length)}.`;
   byId("why").textContent = stopped
-    ? `The model stopped here: the probability of EOS, the end, rose above ${threshold.toFixed(2)}.`
-    : `The model did not stop by itself: the probability of EOS, the end, stays at ${threshold.toFixed(2)} or below.`;
+    ? `The model stopped here: the probability of EOS, the end, rose above ${exact(threshold)}.`
+    : `The model did not stop by itself: the probability of EOS, the end, stays at ${exact(threshold)} or below.`;
   byId("to-kept").textContent = `Back to ${length}`;
-  byId("threshold-value").textContent = threshold.toFixed(2);
+  byId("threshold-value").textContent = exact(threshold);
   document.documentElement.style.setProperty("--kept", length);
   choose(length);
 }
@@ -149,7 +155,7 @@ function choose(n) {
 }
 
 function showChosen() {
-  const { reading, made, kept, chosen } = shown, one = made.get(chosen);
+  const { reading, made, threshold, kept, chosen } = shown, one = made.get(chosen);
   byId("slider").value = chosen;
   byId("slider").setAttribute("aria-valuetext", `${chosen} of ${tokens(reading.eos.length)}`);
   byId("slider-value").textContent = chosen;
@@ -162,8 +168,8 @@ function showChosen() {
   drawLooks();
   const count = reading.eos.length, marks = { count, kept, chosen };
   const ends = reading.eos.map((p, i) => [i + 1, p]);
-  const threshold = Number(byId("threshold").value);
-  plot(byId("eos-plot"), "EOS probability", ends, threshold, { ...marks, digits: 2, least: 0.1, within: [0, 1] });
+  plot(byId("eos-plot"), "EOS probability", ends, threshold,
+    { ...marks, digits: 2, least: 0.1, within: [0, 1], levelText: exact(threshold) });
   const quality = [...made.values()].sort((a, b) => a.length - b.length).map((m) => [m.length, m.psnr]);
   // Where the tokens show more, the VQGAN alone is no bound that would help to read the curve.
   const isBound = reading.vqgan_psnr >= Math.max(...quality.map(([, y]) => y));
@@ -173,7 +179,8 @@ function showChosen() {
 }
 
 // Draws points [n, y] in a range of y that holds them and the level, if there is one.
-function plot(box, name, points, level, { count, kept, chosen, digits, least, within = [-Infinity, Infinity] }) {
+function plot(box, name, points, level, options) {
+  const { count, kept, chosen, digits, least, within = [-Infinity, Infinity], levelText } = options;
   const values = points.map(([, y]) => y).concat(level ?? []);
   let low = Math.min(...values), high = Math.max(...values);
   const room = Math.max(least - (high - low), (high - low) * 0.2) / 2;
@@ -198,7 +205,7 @@ function plot(box, name, points, level, { count, kept, chosen, digits, least, wi
   // The ends of the range, where the level's number leaves room for them.
   if (level === null || y(level) > 15) mark("top", number(high));
   if (level === null || y(level) < 85) mark("bottom", number(low));
-  if (level !== null) mark("of-level", number(level), y(level));
+  if (level !== null) mark("of-level", levelText ?? number(level), y(level));
 }
 
 const bytes = (encoded) => Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0));
@@ -307,7 +314,8 @@ function listen() {
   byId("to-kept").addEventListener("click", () => choose(shown.kept));
   byId("looking").addEventListener("change", drawLooks);
   byId("threshold").addEventListener("input", ({ target }) => {
-    const first = shown.reading.eos.findIndex((p) => p > Number(target.value));
+    shown.threshold = Number(target.value);
+    const first = shown.reading.eos.findIndex((p) => p > shown.threshold);
     showKept(first < 0 ? shown.reading.eos.length : first + 1);
   });
   byId("tokens").addEventListener("click", ({ offsetX, target }) => {
