@@ -8,9 +8,12 @@ diffusers' encoder as it comes, of the same images, dtype and (where it has the 
 that encoder against itself, which shows the noise. On a CPU all others keep freed memory in their processes
 (`dove_fast.keep_freed_memory()`), the neighbours too, and diffusers once more. fp32 on a CPU, bf16 on a GPU.
 
-DOVE's lengths are imposed: gamma-distributed with mean 96 of 256, the decisions computed all the same. TiTok and ALIT
-are shapes (benchmarks/neighbours): the published sizes, random weights, plain torch; "ALIT, lengths chosen" gets DOVE's
-lengths in whole rollouts, so it pays for its pictures at the rollouts until then.
+DOVE's lengths are imposed: gamma-distributed with mean 96 of 256, the decisions computed all the same. The engine's
+schedule is given the distribution that they are drawn from and costs measured on the device (`DOVE.measure_cost`); in
+use it learns the first from the images before, and has the second where it is asked to measure. TiTok and ALIT are
+shapes (benchmarks/neighbours): the published sizes, random weights, plain torch, so plain `nn.Linear` too, where on a
+CPU the engine multiplies weights that oneDNN laid out once (bench_linear.py has what that is worth); "ALIT, lengths
+chosen" gets DOVE's lengths in whole rollouts, so it pays for its pictures at the rollouts until then.
 
 On a CPU `--batch 8` computes some 370 TFLOP with checks and warm-up, half of them for ALIT: half an hour at 200
 GFLOP/s. `--batch 2` takes a quarter of that, `-k "base and not ALIT"` less than half.

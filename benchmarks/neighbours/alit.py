@@ -61,7 +61,6 @@ ALIT_SIZES = {
     "alit_tiny": ALITSizes(width=512, layers=8, heads=8),
     "alit_small": ALITSizes(width=1024, layers=8, heads=8),
     "alit_base": ALITSizes(width=768, layers=12, heads=12),
-    "alit_semilarge": ALITSizes(width=1024, layers=16, heads=16),
 }
 
 

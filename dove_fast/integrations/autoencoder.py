@@ -50,7 +50,7 @@ class AutoencoderConfig:
 
 
 class DOVEAutoencoder(nn.Module):
-    """A DOVE where code expects a diffusers `VQModel`, `AutoencoderKL` or `AutoencoderTiny`.
+    """A DOVE where code expects a diffusers `VQModel` or `AutoencoderTiny`.
 
         vae = DOVEAutoencoder.from_pretrained("tiny")
         latents = vae.encode(images).latents  # images (B, 3, S, S) in [-1, 1]
@@ -62,6 +62,7 @@ class DOVEAutoencoder(nn.Module):
     - latents are `RaggedTokens` and no tensor (B, C, h, w): an image has as many as it needs, and their places mean
       no place in the image. What computes with latents, as a denoiser does, takes `latents.values` (total, d) or
       `latents.to_padded()`;
+    - there is no `.latent_dist` to sample from, which `AutoencoderKL` returns: code for it reads `.latents` instead;
     - an image is always S x S, `config.sample_size`;
     - `encode` and `decode` run without gradients (`DOVE.decode_padded` and `dove_fast.training` have them);
     - results are named tuples: `out[0]` and `out.sample`, but not `out["sample"]`; `return_dict=False` gives a tuple

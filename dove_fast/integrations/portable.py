@@ -40,6 +40,8 @@ def export_encoder(model: DOVE, path: str | os.PathLike[str]) -> None:
     operators: the norms are torch's own, which other runtimes know by name. Their results are those of the model
     within 1e-5 relative. The model must be fp32 and on the CPU; it is not changed. The file appears whole or not
     at all, and says what it was made from under `METADATA_KEY`: the part, the configuration, the model's fingerprint.
+    A .pt2 file computes on the CPU, whose name is in its graph; for another device, call
+    `torch.export.passes.move_to_device_pass(torch.export.load(path), "cuda")` and then `.module()`.
     Raises `TypeError` for no `DOVE`, `ValueError` for another dtype, device or ending, and for more than ONNX's 2 GiB,
     `FileNotFoundError` where the directory is missing, `ImportError` without the packages that write ONNX.
     Source: METHOD section 2.
@@ -60,6 +62,8 @@ def export_token_decoder(
     `DOVE.decode` returns, not clamped. output="grid" stops before the codebook and the VQGAN's decoder, with the
     feature grid `grid` (B, C, h, w). In fp32 a feature that is as near to two codewords as rounding can tell may get
     the other one, as between any two ways of computing; all else agrees within 1e-5 relative.
+    A .pt2 file computes on the CPU, whose name is in its graph; for another device, call
+    `torch.export.passes.move_to_device_pass(torch.export.load(path), "cuda")` and then `.module()`.
     The files, and what is raised, are as with `export_encoder`; `ValueError` for another output, too.
     Source: METHOD section 3.
     """

@@ -8,6 +8,7 @@ A run on your own images begins with `dove-fast tokenize IMAGES photos.tokens`.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,16 @@ def main(directory: Path) -> dict[str, Any]:
     unsorted = DataLoader(store, batch_size=BATCH, shuffle=True, collate_fn=collate)
     shuffled = sum(len(batch.tokens) * batch.tokens.max_seqlen for batch in unsorted)
 
-    # A run that was stopped in the second epoch, with two batches of it done, goes on with the third.
-    batches.resume(1, first=2)
+    # A run that was stopped in the second epoch, with two batches of it done, goes on with the third. Another seed,
+    # batch size or number of processes would make other batches; that is refused.
+    saved = json.dumps({"epoch": 1, "first": 2, "order": batches.order})
+    batches.resume(**json.loads(saved))
     rest = list(loader)
 
     rows = RaggedTokens.from_rows(read_with_datasets(store, directory))
     same = torch.equal(rows.values, store.ragged(range(len(store))).values)
 
-    print(f"{len(store)} images, {real} tokens, in {len(epochs[0])} batches of {BATCH}")
+    print(f"{len(store)} images, {real} tokens, in {batches.count(0)} batches of {BATCH}")
     print(f"positions where a model pads its batches: {bucketed}; in batches at random: {shuffled}")
     print(f"two epochs in the same order: {[b.keys for b in epochs[0]] == [b.keys for b in epochs[1]]}")
     print(f"goes on as it would have: {[b.keys for b in rest] == [b.keys for b in epochs[1][2:]]}")

@@ -3,8 +3,8 @@
     pip install 'dove-fast' transformers
     python vision_language.py
 
-The language model is a small random Llama, so that nothing is downloaded; any transformers model that takes
-`inputs_embeds` goes in its place.
+The language model is a small random Llama, so that nothing is downloaded. Any transformers model that takes
+`inputs_embeds` goes in its place; where `check_packing` refuses it, with `padded()` instead of `packed()`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dove_fast import DOVE
 from dove_fast.data import ShortSideCenterCrop, load_image
-from dove_fast.integrations.multimodal import IGNORED, Projector, merge
+from dove_fast.integrations.multimodal import IGNORED, Projector, check_packing, merge
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 # Ids of the language model: where an image goes, the end of an answer, and a question of four words.
@@ -67,6 +67,12 @@ def main() -> dict[str, Any]:
     texts[-1] = [IMAGE, *names[-1]]
     labels = [[IGNORED] * (len(text) - 2) + text[-2:] for text in texts]
 
+    # In company as alone: an error where the samples of one row see each other, as in models that are not made for it.
+    llama.eval()
+    batch = merge(texts, tokens, projector=projector, embed=embed, image_token_id=IMAGE, labels=labels)
+    difference = check_packing(llama, batch)
+
+    llama.train()
     optimizer = torch.optim.Adam([*projector.parameters(), *llama.parameters()], lr=3e-3)
     losses = []
     for _ in range(30):
@@ -77,15 +83,8 @@ def main() -> dict[str, Any]:
         optimizer.step()
         losses.append(loss.item())
 
-    # In company as alone: the samples of one row do not see each other.
+    llama.eval()
     with torch.no_grad():
-        batch = merge(texts, tokens, projector=projector, embed=embed, image_token_id=IMAGE)
-        together = batch.split(llama(**batch.packed()).logits)
-        alone = [
-            llama(**merge([text], tokens[i : i + 1], projector=projector, embed=embed, image_token_id=IMAGE).packed())
-            for i, text in enumerate(texts)
-        ]
-        difference = max((a - b.logits[0]).abs().max().item() for a, b in zip(together, alone, strict=True))
         prompts = [text[:-2] for text in texts]
         asked = merge(prompts, tokens, projector=projector, embed=embed, image_token_id=IMAGE)
         answers = llama.generate(**asked.padded("left"), max_new_tokens=2, do_sample=False).tolist()
@@ -94,7 +93,7 @@ def main() -> dict[str, Any]:
     longest = len(texts) * (dove.config.num_tokens + max(map(len, texts)) - 1)
     print(f"tokens an image: {list(tokens.host_lengths)}")
     print(f"positions in the packed row: {positions}; with every image padded to T: {longest}")
-    print(f"largest difference of a logit, packed or alone: {difference:.1e}")
+    print(f"largest relative difference of logits, packed or alone: {difference:.1e}")
     print(f"loss: {losses[0]:.3f} at first, {losses[-1]:.3f} after {len(losses)} steps")
     print(f"right answers: {sum(a == b for a, b in zip(answers, names, strict=True))} of {len(names)}")
     return {"losses": losses, "difference": difference, "positions": positions, "answers": answers, "names": names}

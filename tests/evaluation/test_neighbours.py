@@ -75,6 +75,11 @@ def on_meta(build):
 # Sizes
 
 
+def test_every_published_size_is_checked():
+    assert set(TITOK_SIZES) == set(PUBLISHED_TITOK)
+    assert set(ALIT_SIZES) == set(PUBLISHED_ALIT)
+
+
 @pytest.mark.parametrize("name", PUBLISHED_TITOK)
 def test_titok_has_the_published_parameters_and_positions(name):
     sizes = TITOK_SIZES[name]

@@ -64,7 +64,8 @@ def test_nested_tensors():
     assert script("nested_tensors").main() < TOLERANCE
 
 
-def test_autoencoder(tmp_path):
+def test_autoencoder(tmp_path, capsys):
+    tmp_path = tmp_path / "made" / "pictures"
     found = script("autoencoder").main(tmp_path)
     model = DOVE.from_pretrained("tiny")
     expected = model.tokenize((found["images"] + 1) / 2)
@@ -72,6 +73,8 @@ def test_autoencoder(tmp_path):
     assert_close((found["decoded"] + 1) / 2, model.decode(expected))
     names = {path.stem for path in PHOTOS.glob("*.jpg")}
     assert {path.stem for path in tmp_path.glob("*.png")} == names
+    out = capsys.readouterr().out
+    assert all(str(path) in out for path in tmp_path.glob("*.png"))
     with Image.open(tmp_path / "hubble.png") as picture:
         assert picture.size == (64, 64) and picture.mode == "RGB"
     assert found["psnr"].min() > 10 and found["psnr"].max() < 40

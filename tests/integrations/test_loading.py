@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -74,11 +77,55 @@ def test_processes_share_an_epoch(store, world):
     assert joined == whole[: len(joined)] and len(whole) - len(joined) < world
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"max_tokens": 20}, {"batch_size": 3, "rank": 1, "world": 2}])
+def test_count(store, options):
+    batches = LengthBatches(store, **options)
+    batches.resume(1, 2)
+    counts = [batches.count(number) for number in range(4)]
+    assert counts == [len(epoch(store, number, **options)) for number in range(4)]
+    assert (batches.epoch, batches.first) == (1, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_and_its_first_stay_until_they_are_changed(store, workers):
+    batches = LengthBatches(store, batch_size=6)
+    loader = DataLoader(store, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    batches.resume(2, 3)
+    rest = [[batch.keys for batch in loader] for _ in range(2)]
+    batches.resume(2)
+    whole = [batch.keys for batch in loader]
+    assert rest == [whole[3:]] * 2
+
+
+def test_only_the_same_order_is_gone_on_with(store, tmp_path):
+    batches = LengthBatches(store, batch_size=3, seed=5, rank=0, world=2)
+    order = json.loads(json.dumps(batches.order))
+    # Another process of the same run, with the store in another place.
+    copy = TokenStore(shutil.copytree(store.directory, tmp_path / "moved"))
+    other = LengthBatches(copy, batch_size=3, seed=5, rank=1, world=2)
+    other.resume(4, 7, order=order)
+    assert (other.epoch, other.first) == (4, 7)
+    same = {"batch_size": 3, "seed": 5, "world": 2}
+    for change, match in (
+        ({"world": 1}, "^batches of another order cannot be gone on with: world: 2, now 1$"),
+        ({"batch_size": 4, "seed": 6}, "batch_size: 3, now 4; seed: 5, now 6$"),
+        ({"max_tokens": 20}, "max_tokens: None, now 20$"),
+    ):
+        changed = LengthBatches(store, **{**same, **change})
+        with pytest.raises(ValueError, match=match):
+            changed.resume(1, order=order)
+        assert changed.epoch == 0
+    another = TokenStore(write(tmp_path / "another", IMAGES - 1, shard_size=7))
+    with pytest.raises(ValueError, match=r"store: '\w+', now '\w+'; images: 60, now 59; tokens: \d+, now \d+$"):
+        LengthBatches(another, **same).resume(1, order=order)
+
+
 def test_refusals(store):
     for rank, world in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"got rank {rank} of {world}"):
             LengthBatches(store, batch_size=4, rank=rank, world=world)
     with pytest.raises(ValueError, match="epoch and first must be at least 0, got 1 and -1"):
         LengthBatches(store, batch_size=4).resume(1, -1)
-    with pytest.raises(ValueError, match="max_tokens or batch_size must be given"):
-        list(LengthBatches(store))
+    for use in (list, lambda batches: batches.count(0)):
+        with pytest.raises(ValueError, match="max_tokens or batch_size must be given"):
+            use(LengthBatches(store))

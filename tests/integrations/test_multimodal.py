@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_close
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from dove_fast import RaggedTokens
-from dove_fast.integrations.multimodal import IGNORED, Projector, merge
+from dove_fast.integrations.multimodal import IGNORED, MultimodalBatch, Projector, check_packing, merge
 
 WIDTH, HIDDEN, VOCAB = 12, 32, 50
 IMAGE, END = -200, 2
@@ -85,12 +87,87 @@ def test_logits_in_company_are_those_alone(tokens, projector, kind, attention):
     together = batch.split(model(**batch.packed()).logits)
     for one, expected in zip(together, alone, strict=True):
         assert_close(one, expected)
+    assert check_packing(model, batch) < 1e-5
     for side in ("left", "right"):
         inputs = batch.padded(side)
         logits = model(**inputs).logits
         for row, (mask, expected) in enumerate(zip(inputs["attention_mask"].bool(), alone, strict=True)):
             assert_close(logits[row][mask], expected)
             assert not inputs["inputs_embeds"][row][~mask].any()
+
+
+class Sums(nn.Module):
+    """A language model whose logits are sums over the positions so far: of the row, or of the sample alone."""
+
+    def __init__(self, *, by_sample: bool, off: float = 0.0) -> None:
+        super().__init__()
+        self.by_sample, self.off = by_sample, off
+
+    def forward(self, inputs_embeds, position_ids, use_cache):
+        starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+        bounds = [*starts, position_ids.shape[1]] if self.by_sample else [0, position_ids.shape[1]]
+        sizes = torch.tensor(bounds).diff().tolist()
+        sums = torch.cat([part.cumsum(0) for part in inputs_embeds[0].split(sizes)])
+        # What only one position of a row with others shows.
+        sums[-1] *= 1 + self.off * (len(starts) > 1)
+        return CausalLMOutput(logits=sums[None])
+
+
+@torch.no_grad()
+def test_a_model_that_lets_samples_see_each_other_is_found_out(tokens, projector):
+    batch = merged(TEXTS, tokens, projector, language_model(), labels=TEXTS)
+    assert check_packing(Sums(by_sample=True).eval(), batch) < 1e-5
+    # The first sample sees nobody, as those before it are none.
+    with pytest.raises(ValueError, match=r"^Sums does not keep .* apart: logits of sample 1 differ by .*; use padded"):
+        check_packing(Sums(by_sample=False).eval(), batch)
+
+
+@torch.no_grad()
+def test_a_state_space_model_is_found_out(tokens, projector):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    model = MambaForCausalLM(config).eval()
+    batch = merged(TEXTS, tokens, projector, model)
+    with pytest.raises(ValueError, match="MambaForCausalLM does not keep the samples of a packed row apart"):
+        check_packing(model, batch)
+    # Behind a sample's end padding cannot be seen: what is said of padded() holds for it.
+    logits = model(**batch.padded()).logits
+    for row, (embeds, length) in enumerate(zip(batch.embeds.split(batch.lengths), batch.lengths, strict=True)):
+        assert_close(logits[row, :length], model(inputs_embeds=embeds[None]).logits[0])
+
+
+@torch.no_grad()
+def test_the_tolerance_is_of_every_position(tokens, projector):
+    batch = merged(TEXTS, tokens, projector, language_model())
+    model = Sums(by_sample=True, off=0.01).eval()
+    with pytest.raises(ValueError, match=r"sample 4 differ by 0.01 of what they are alone, more than 0.001"):
+        check_packing(model, batch)
+    assert check_packing(model, batch, tolerance=0.02) == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(ValueError, match="differ by nan of what they are alone"):
+        check_packing(Sums(by_sample=True, off=float("nan")).eval(), batch)
+
+
+def test_what_cannot_be_checked(tokens, projector):
+    batch = merged(TEXTS, tokens, projector, language_model())
+    with pytest.raises(ValueError, match=r"in evaluation mode, .* call model.eval"):
+        check_packing(Sums(by_sample=True).train(), batch)
+    one = MultimodalBatch(batch.embeds[:3], (3,), None)
+    with pytest.raises(ValueError, match="at least 2 samples to keep apart, got 1"):
+        check_packing(Sums(by_sample=False).eval(), one)
+
+
+def test_texts_without_images(projector):
+    """One of the batches of a mixed data set: no tokens, and the same as with none of them."""
+    model = language_model()
+    texts = [[3, 4, 5], torch.tensor([6])]
+    batch = merged(texts, None, projector, model, labels=texts)
+    assert torch.equal(batch.embeds, model.get_input_embeddings()(torch.tensor([3, 4, 5, 6])))
+    assert batch.lengths == (3, 1) and batch.labels.tolist() == [IGNORED, 4, 5, IGNORED]
+    empty = RaggedTokens(torch.zeros(0, WIDTH), torch.zeros(1, dtype=torch.int32), 0)
+    assert torch.equal(merged(texts, empty, projector, model).embeds, batch.embeds)
+    for text in ([3, IMAGE], None):
+        with pytest.raises(ValueError, match="the texts have 1 places for images, and tokens has 0 images"):
+            merged([text], None, projector, model)
 
 
 def test_no_position_is_wasted(tokens, projector):
@@ -172,6 +249,13 @@ def test_projectors():
         ([torch.full((1, 5), IMAGE)], None, TypeError, r"must be a 1-D integer tensor, got torch.int64 of shape"),
         ([], None, ValueError, "texts must have at least one sample"),
         ([[IMAGE] * 5, [3]], [[1] * 5], ValueError, "labels must be one for each of the 2 texts, got 1"),
+        (
+            [[IMAGE] * 5, [3]],
+            [None, [VOCAB]],
+            ValueError,
+            r"labels must be IGNORED \(-100\), or at least 0 .* 50, got 50",
+        ),
+        ([[IMAGE] * 5, [3, 4]], [None, [3, -1]], ValueError, "below the vocabulary's 50, got -1"),
         ([[IMAGE] * 5, [3]], [None, [3, 4]], ValueError, r"labels\[1\] must be 1 as its text has, got 2"),
     ],
 )
@@ -185,7 +269,7 @@ def test_refusals_of_tokens_and_projector(tokens, projector):
     empty = RaggedTokens.from_rows([torch.zeros(2, WIDTH), torch.zeros(0, WIDTH)])
     with pytest.raises(ValueError, match="at least 1 token, got none for image 1"):
         merged([None, None], empty, projector, model)
-    with pytest.raises(TypeError, match="tokens must be RaggedTokens, got Tensor"):
+    with pytest.raises(TypeError, match="tokens must be RaggedTokens or None, got Tensor"):
         merged([None], tokens.values, projector, model)
     with pytest.raises(ValueError, match=r"projector must return shape \(22, 32\), got \(22, 7\)"):
         merged(TEXTS, tokens, Projector(WIDTH, 7), model)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from small_models import micro_config, micro_model, sample_images
 from tolerances import assert_close
+from torch.export.passes import move_to_device_pass
 
 from dove_fast import BackendError, DOVEConfig, ops
 from dove_fast.config import VQGANConfig
@@ -172,6 +173,20 @@ def test_torch_export_runs_without_dove_fast(model, files, tmp_path):
     arguments = [str(files), str(tmp_path / "in.npz"), str(tmp_path / "out.npy")]
     subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True, cwd=tmp_path)
     assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")), model.decode(tokens))
+
+
+@pytest.mark.parametrize("part", ["encoder", "token_decoder"])
+def test_torch_export_moves_to_another_device(model, files, part):
+    """By torch's own pass, here to the device without memory: it runs operators with their real checks of devices."""
+    program = move_to_device_pass(torch.export.load(files / f"{part}.pt2"), "meta")
+    if part == "encoder":
+        out = program.module()(torch.empty(3, 3, 16, 16, device="meta"))
+        assert out.shape == (3, 16, model.config.vqgan.vq_embed_dim)
+    else:
+        tokens, lengths = torch.empty(3, 5, 32, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+        out = program.module()(tokens, lengths)
+        assert out.shape == (3, 3, 16, 16)
+    assert out.device.type == "meta"
 
 
 def test_refusals(model, tmp_path):

@@ -7,8 +7,8 @@
 namespace dove {
 
 // A square of an image of 8-bit RGB to a square of another size, as Pillow resizes with antialiased bicubic weights:
-// the same bits, where Pillow resizes lines before columns (it always did until version 13; since then not where the
-// height shrinks by more than twice as many pixels as the width).
+// the same bits, where Pillow resizes lines before columns. It always did until version 13; since then it does where
+// height - size <= max(0, 2 * (width - size)).
 struct ResizeSquareParams {
   const uint8_t* source;  // (height, width, 3), contiguous
   uint8_t* target;        // (3, size, size), contiguous: every byte of it is written
