@@ -16,8 +16,9 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 72, 24, 16
 def begin_drawing(label: str, most: str, unit: str, width: int = WIDTH) -> Iterator[str]:
     """Yield the start of a drawing whose vertical axis goes from 0 to `most` `unit`; it ends with `</svg>`.
 
-    `label` says what it shows to those who cannot see it.
+    `label` says what it shows to those who cannot see it; all three are plain text.
     """
+    label, most, unit = escape(label), escape(most), escape(unit)
     yield f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">'
     for y in (TOP, HEIGHT - BOTTOM):
         yield f'<line class="axis" x1="{LEFT}" y1="{y}" x2="{width}" y2="{y}"/>'
@@ -72,8 +73,7 @@ class Axis:
         low, high = min(values), max(values)
         if log:
             low, high = low / 1.25, high * 1.25
-            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            return cls(label, low, high, [10.0**power for power in powers if low <= 10.0**power <= high], log=True)
+            return cls(label, low, high, _log_ticks(low, high), log=True)
         margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         low, high = low - margin, high + margin
         return cls(label, low, high, tick_values(low, high))
@@ -92,6 +92,16 @@ def tick_values(low: float, high: float, most: int = 6) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
     # Not step by step: 0.1 three times is not 0.3.
     return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return the powers of ten from `low` to `high`; of fewer than two, also their doubles and fives, then more."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    for factors in ((1,), (1, 2, 5), range(1, 10)):
+        ticks = [factor * power for power in powers for factor in factors if low <= factor * power <= high]
+        if len(ticks) >= 2:
+            return ticks
+    return tick_values(low, high)
 
 
 class Chart:
@@ -124,7 +134,7 @@ class Chart:
     def line(self, points: Sequence[tuple[float, float]], kind: str = "line") -> Iterator[str]:
         """Join points by a line; `kind` is its class in CSS."""
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self._at(*point) for point in points))
-        yield f'<polyline class="{kind}" points="{places}"/>'
+        yield f'<polyline class="{escape(kind)}" points="{places}"/>'
 
     def level(self, y: float, name: str = "") -> Iterator[str]:
         """Draw a dashed line at one height, with a name above its end."""
@@ -138,7 +148,7 @@ class Chart:
         """Draw a dot; `title` is what a pointer on it shows."""
         at_x, at_y = self._at(x, y)
         inner = "" if title is None else f"<title>{escape(title)}</title>"
-        yield f'<circle class="{kind}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="{radius:g}">{inner}</circle>'
+        yield f'<circle class="{escape(kind)}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="{radius:g}">{inner}</circle>'
 
     def end(self) -> Iterator[str]:
         """Yield the end."""

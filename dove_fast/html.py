@@ -67,12 +67,16 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield "</table>"
 
 
-def png(pixels: Tensor, largest: int = THUMBNAIL) -> str:
-    """Return a picture, uint8 (3, H, W) on the CPU, as a data URL, reduced to `largest` pixels a side where larger."""
+def png(pixels: Tensor, largest: int | None = THUMBNAIL) -> str:
+    """Return a picture, uint8 (3, H, W) on the CPU, as a data URL, reduced to `largest` pixels a side where larger.
+
+    None keeps its size.
+    """
     from PIL import Image
 
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((largest, largest))
+    if largest is not None:
+        image.thumbnail((largest, largest))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

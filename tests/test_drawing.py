@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from dove_fast.drawing import Axis, Chart, tick_values
+from dove_fast.drawing import Axis, Chart, begin_drawing, tick_values
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,19 @@ def test_an_axis_has_its_values_inside():
     logarithmic = Axis.around("x", [0.01, 1, 100], log=True)
     assert logarithmic.ticks == pytest.approx([0.01, 0.1, 1, 10, 100])
     assert logarithmic.share(1) == pytest.approx(0.5)
+    # No power of ten, or one, lies within.
+    assert Axis.around("x", [220, 900], log=True).ticks == pytest.approx([200, 500, 1000])
+    assert Axis.around("x", [15, 60], log=True).ticks == pytest.approx([20, 50])
+    assert len(Axis.around("x", [30], log=True).ticks) >= 2
     with pytest.raises(ValueError, match="an axis must go up, got 1 to 1"):
         Axis("x", 1, 1)
     with pytest.raises(ValueError, match="from above 0, got 0 to 1"):
         Axis("x", 0, 1, log=True)
+
+
+def test_a_drawings_texts_are_no_markup():
+    drawn = "".join(begin_drawing("<a>", "<b>", '"c"&'))
+    assert all(text in drawn for text in ("&lt;a&gt;", "&lt;b&gt;", "&quot;c&quot;&amp;")) and "<a>" not in drawn
 
 
 def test_a_chart():

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dove_fast.commands.options import EXIT_DONE, EXIT_SET_ASIDE, add_command, load, positive
+from dove_fast.commands.options import (
+    EXIT_DONE,
+    EXIT_SET_ASIDE,
+    add_batch_option,
+    add_command,
+    add_device_options,
+    add_eos_option,
+    fail,
+    load,
+    positive,
+)
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
+    from dove_fast.evaluation.evaluate import OnStage
     from dove_fast.evaluation.results import Evaluation
+    from dove_fast.jobs.progress import OnProgress, Progress
+    from dove_fast.store.records import InputError
 
 __all__ = ["add"]
 
 EXAMPLES = """examples:
-  dove-fast evaluate tiny photos/ out/                       the model that comes with the package
+  dove-fast evaluate tiny photos/                            the model that comes with the package, into evaluation/
   dove-fast evaluate model/ 'val-{000..006}.tar' out/ --images 5000 --device cuda
   dove-fast evaluate model/ val/ out/ --lpips-weights vgg16.pth \\
       --inception-weights weights-inception-2015-12-05-6726825d.pth
   dove-fast evaluate model/ val/ out/ --probe labelled/ --probe digits
 
 OUT gets evaluation.md (tables), evaluation.json (the same for programs) and plots: quality.svg, lengths.svg and
-complexity.svg. Inputs that cannot be decoded are named with their reason in OUT/errors.jsonl."""
+complexity.svg. Inputs that cannot be decoded are named with their reason in OUT/errors.jsonl, also where there are
+more than --max-errors."""
 
 
 def add(commands: Commands) -> None:
@@ -37,18 +53,19 @@ def add(commands: Commands) -> None:
         help="images, as INPUT of dove-fast tokenize. Of WebDataset shards with texts and boxes, and a model with a "
         "tokenizer, it is also measured what the texts do",
     )
-    parser.add_argument("output", metavar="OUT", help="the directory of the results")
+    parser.add_argument(
+        "output",
+        nargs="?",
+        default="evaluation",
+        metavar="OUT",
+        help="the directory of the results, new, empty, or an evaluation's (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that OUT holds")
     parser.add_argument("--images", type=positive, metavar="N", help="the first N images, and N texts (default: all)")
     parser.add_argument(
         "--lengths", type=_lengths, metavar="N,N,..", help="token counts (default: 1/8, 2/8, .. 8/8 of the most)"
     )
-    parser.add_argument(
-        "--eos-threshold",
-        type=float,
-        metavar="P",
-        help="the probability above which an image ends (default: the checkpoint's)",
-    )
+    add_eos_option(parser)
     parser.add_argument(
         "--vqgan",
         metavar="DIR",
@@ -77,20 +94,11 @@ def add(commands: Commands) -> None:
     )
     probing.add_argument("--probe-images", type=positive, metavar="N", help="N images of each (default: all)")
     running = parser.add_argument_group("how it runs")
-    running.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add_device_options(running)
+    add_batch_option(running)
     running.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: the checkpoint's; tiny's is float32)",
+        "--max-errors", type=int, metavar="N", help="stop when more inputs cannot be read, the probes' counted too"
     )
-    running.add_argument(
-        "--batch-size",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="images given to the model at a time (default: %(default)s)",
-    )
-    running.add_argument("--max-errors", type=int, metavar="N", help="stop when more inputs cannot be read")
     running.add_argument("--no-plots", action="store_true", help="do without matplotlib")
     parser.set_defaults(run=run, resume="nothing was written, run the same command again")
 
@@ -105,9 +113,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     from dove_fast.evaluation.evaluate import EvaluateOptions, evaluate
-    from dove_fast.evaluation.outputs import TABLE_NAME, check_output, write_outputs
+    from dove_fast.evaluation.outputs import TABLE_NAME, check_output, made_output, write_errors, write_outputs
     from dove_fast.evaluation.plots import check_matplotlib
-    from dove_fast.jobs.display import progress_bar
+    from dove_fast.failures import JobError
     from dove_fast.store.layout import ERRORS_NAME
 
     output = Path(arguments.output)
@@ -129,18 +137,48 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_plots:
         check_matplotlib()
     loaded = load(arguments)
-    with progress_bar("evaluate") as on_progress:
-        outcome = evaluate(loaded, arguments.checkpoint, arguments.data, options, on_progress=on_progress)
-    write_outputs(output, outcome.evaluation, outcome.errors, plots=not arguments.no_plots)
-    _show(outcome.evaluation)
-    context = outcome.evaluation.context
-    rate = context.images / context.seconds
-    print(f"{output}: {context.images} images in {context.seconds:.1f} s, {rate:.1f} images/s; see {TABLE_NAME}")
-    if outcome.errors:
-        where = f"{output}/{ERRORS_NAME}"
-        print(f"dove-fast: {len(outcome.errors)} inputs were set aside, see {where}", file=sys.stderr)
-        return EXIT_SET_ASIDE
+    errors: list[InputError] = []
+    with made_output(output):
+        try:
+            with _bars() as on_stage:
+                found = evaluate(
+                    *(loaded, arguments.checkpoint, arguments.data, options),
+                    on_stage=on_stage,
+                    on_set_aside=errors.append,
+                ).evaluation
+        except JobError:
+            if errors:
+                write_errors(output, errors)
+                print(f"dove-fast: {len(errors)} inputs were set aside, see {output}/{ERRORS_NAME}", file=sys.stderr)
+            raise
+        write_outputs(output, found, errors, plots=not arguments.no_plots)
+    _show(found)
+    context = found.context
+    rate = context.images / max(context.measuring_seconds or context.seconds, 1e-9)
+    print(f"{output}: {context.images} images at {rate:.1f} images/s, {context.seconds:.1f} s in all; see {TABLE_NAME}")
+    if errors:
+        return fail(EXIT_SET_ASIDE, f"{len(errors)} inputs were set aside, see {output}/{ERRORS_NAME}")
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[OnStage]:
+    """Show a bar on stderr while the block runs, a new one for each stage."""
+    from dove_fast.jobs.display import progress_bar
+
+    with contextlib.ExitStack() as stack:
+        current: str | None = None
+        show: OnProgress | None = None
+
+        def tell(stage: str, progress: Progress) -> None:
+            nonlocal current, show
+            if stage != current:
+                stack.close()
+                current, show = stage, stack.enter_context(progress_bar(stage))
+            if show is not None:
+                show(progress)
+
+        yield tell
 
 
 def _show(evaluation: Evaluation) -> None:
@@ -148,17 +186,17 @@ def _show(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dove_fast.evaluation.columns import COSTS, MEASURES, measured
+
     left_out = {measure.name: measure.left_out for measure in evaluation.context.measures if measure.left_out}
     table = Table()
     table.add_column("")
-    columns = ["tokens", "PSNR, dB", "SSIM", *(name for name in ("LPIPS", "rFID") if name not in left_out)]
+    columns = measured([*MEASURES, *COSTS], evaluation.rows)
+    table.add_column("tokens", justify="right")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column.label, justify="right")
     for row in evaluation.rows:
-        figures = [f"{row.tokens:.1f}", f"{row.psnr.mean:.2f}", f"{row.ssim.mean:.4f}"]
-        figures += [] if row.lpips is None else [f"{row.lpips.mean:.4f}"]
-        figures += [] if row.rfid is None else [f"{row.rfid:.2f}"]
-        table.add_row(row.name, *figures)
+        table.add_row(row.name, f"{row.tokens:.1f}", *(column.text(row) for column in columns))
     Console().print(table)
     for name, reason in left_out.items():
         print(f"{name}: left out, {reason}")

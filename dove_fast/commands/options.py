@@ -18,7 +18,10 @@ __all__ = [
     "EXIT_REFUSED",
     "EXIT_SET_ASIDE",
     "EXIT_STOPPED",
+    "add_batch_option",
     "add_command",
+    "add_device_options",
+    "add_eos_option",
     "add_length_options",
     "add_model_options",
     "fail",
@@ -71,18 +74,38 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the model's directory (default: tiny, the model of 64x64 pixels that comes with the package)",
     )
+    add_device_options(parser)
+    add_batch_option(parser)
+
+
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Add --device and --dtype."""
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: the checkpoint's; tiny's is float32)",
     )
+
+
+def add_batch_option(parser: argparse._ActionsContainer) -> None:
+    """Add --batch-size."""
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=32,
         metavar="N",
         help="images given to the model at a time (default: %(default)s)",
+    )
+
+
+def add_eos_option(parser: argparse._ActionsContainer) -> None:
+    """Add --eos-threshold."""
+    parser.add_argument(
+        "--eos-threshold",
+        type=float,
+        metavar="P",
+        help="the probability above which an image ends (default: the checkpoint's)",
     )
 
 

@@ -7,7 +7,16 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dove_fast.commands.options import EXIT_DONE, EXIT_SET_ASIDE, add_command, fail, load, positive
+from dove_fast.commands.options import (
+    EXIT_DONE,
+    EXIT_SET_ASIDE,
+    add_command,
+    add_device_options,
+    add_eos_option,
+    fail,
+    load,
+    positive,
+)
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -20,7 +29,8 @@ REPORT_EXAMPLES = """examples:
   dove-fast report model/ "shards/*.tar" report.html --images 12 --device cuda
   dove-fast report model/ photos/ report.html --evaluation figures/   with what dove-fast evaluate measured
 
-The page is one file, which loads nothing: it opens offline, and can be sent as it is."""
+The page is one file, which loads nothing: it opens offline, and can be sent as it is. Inputs that cannot be decoded
+(exit code 1) are named with their reason at its end; there is no errors.jsonl."""
 
 
 def add(commands: Commands) -> None:
@@ -35,8 +45,13 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("output", metavar="OUT.html", help="the page; one that is there is replaced")
     parser.add_argument(
-        "--images", type=positive, default=8, metavar="N", help="images shown, simple to complex (default: %(default)s)"
+        "--images",
+        type=_images,
+        default=8,
+        metavar="N",
+        help="images shown, simple to complex, at most 64 (default: %(default)s)",
     )
+    add_eos_option(parser)
     parser.add_argument(
         "--evaluation",
         metavar="DIR",
@@ -48,13 +63,17 @@ def add(commands: Commands) -> None:
         help="the checkpoint whose VQGAN is shown alone, such as what CHECKPOINT was trained from (default: "
         "CHECKPOINT's own, whose decoder may have learnt with the tokens)",
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: the checkpoint's; tiny's is float32)",
-    )
+    add_device_options(parser)
     parser.set_defaults(run=run, resume="nothing was written")
+
+
+def _images(text: str) -> int:
+    from dove_fast.evaluation.report import MOST_IMAGES
+
+    value = positive(text)
+    if value > MOST_IMAGES:
+        raise argparse.ArgumentTypeError(f"a page shows at most {MOST_IMAGES} images, got {value}")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.data,
             evaluation,
             images=arguments.images,
+            eos_threshold=arguments.eos_threshold,
             vqgan=arguments.vqgan,
             on_stage=on_stage,
         )

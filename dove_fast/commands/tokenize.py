@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dove_fast.commands.options import (
     EXIT_DONE,
     add_command,
+    add_eos_option,
     add_length_options,
     add_model_options,
     load,
@@ -51,12 +52,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="the directory of the token store")
     add_model_options(parser)
     add_length_options(parser, "")
-    parser.add_argument(
-        "--eos-threshold",
-        type=float,
-        metavar="P",
-        help="the probability above which an image ends (default: the checkpoint's)",
-    )
+    add_eos_option(parser)
     parser.add_argument(
         "--queries",
         metavar="FILE",

@@ -16,6 +16,7 @@ from dove_fast.store.layout import TOKEN_DTYPES
 
 __all__ = [
     "ImageCost",
+    "code_bytes",
     "codebook_flop",
     "decoder_flop",
     "encoder_flop",
@@ -24,10 +25,13 @@ __all__ = [
     "one_pass_flop",
     "token_bytes",
     "token_decoder_flop",
+    "vqgan_flop",
 ]
 
 # A token in int8 has a scale of its own, in fp32.
 SCALE_BYTES = 4
+# A code in a token store is uint16.
+CODE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,16 @@ def token_bytes(config: DOVEConfig, length: int, dtype: str) -> int:
         raise ValueError(f"length must be at least 0, got {length}")
     scale = SCALE_BYTES if dtype == "int8" else 0
     return length * (config.generator.hidden_size * TOKEN_DTYPES[dtype].itemsize + scale)
+
+
+def vqgan_flop(config: DOVEConfig) -> int:
+    """Return the FLOP of an image through the VQGAN alone: encoder, the search for its codewords, and decoder."""
+    return encoder_flop(config) + codebook_flop(config) + decoder_flop(config)
+
+
+def code_bytes(config: DOVEConfig) -> int:
+    """Return what the N codes of an image take in a token store."""
+    return config.num_features * CODE_BYTES
 
 
 # The stacks

@@ -6,8 +6,10 @@ its Frechet distance no FID.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ __all__ = ["PUBLISHED", "InceptionFeatures", "PerceptualDistance", "load_incepti
 
 # What torch-fidelity calls the layer that FID is computed on, and its width.
 LAYER, WIDTH = "2048", 2048
-INCEPTION = "Inception-v3 of the original FID, as torch-fidelity has it, pooled features of 2048 dimensions"
+INCEPTION = "Inception-v3 {}, as torch-fidelity has it, pooled features of 2048 dimensions"
+OF_FID, OF_ANOTHER_FILE = "of the original FID", "with the weights of {}, which is not the published file"
 # How the SHA-256 of the published file begins, which it is named after.
 PUBLISHED = "6726825d"
 TO_INCEPTION = "8-bit pixels, bilinear to 299 x 299 as TensorFlow 1 does it, without antialiasing"
@@ -42,7 +45,8 @@ class PerceptualDistance:
 
     def __call__(self, images: Tensor, made: Tensor) -> Tensor:
         """Return the distances (B,) fp32."""
-        distances: Tensor = self._network(images, made)
+        with _exact_convolutions():
+            distances: Tensor = self._network(images, made)
         return distances.flatten()
 
 
@@ -62,8 +66,21 @@ class InceptionFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features (B, 2048); floating images are rounded to 8 bits before, as files of them would be."""
         pixels = images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        features: Tensor = self._network(pixels)[0]
+        with _exact_convolutions():
+            features: Tensor = self._network(pixels)[0]
         return features
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Compute convolutions on a GPU in fp32 and not in TF32, which would be another number."""
+    cudnn: Any = torch.backends.cudnn
+    # `flags` sets what it is not given to values of its own.
+    options = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    if cudnn.is_available():
+        options["benchmark_limit"] = cudnn.benchmark_limit
+    with cudnn.flags(**options, allow_tf32=False):
+        yield
 
 
 def load_lpips(
@@ -107,7 +124,10 @@ def load_inception(
     Raises `ImportError` where torch-fidelity cannot be imported, `FileNotFoundError` for no such file and
     `CheckpointError` for one that is damaged or holds another network.
     """
-    parameters = "squared Frechet distance of the features' means and unbiased covariances, in fp64"
+    parameters = (
+        "squared Frechet distance of the features' means and unbiased covariances, in fp64; the reference is the same "
+        "images after the transform, in 8 bits, and reconstructions are rounded to 8 bits"
+    )
     if weights is None and not allow_download:
         return None, Measure("rFID", parameters, left_out="no Inception weights: give --inception-weights FILE")
     path = None if weights is None else Path(weights)
@@ -125,8 +145,9 @@ def load_inception(
         ) from error
     file = path or _downloaded(module.URL_INCEPTION_V3)
     sha256 = hash_file(file)
-    measure = Measure("rFID", parameters, extractor=INCEPTION, sha256=sha256, resize=TO_INCEPTION)
     published = sha256.startswith(PUBLISHED)
+    extractor = INCEPTION.format(OF_FID if published else OF_ANOTHER_FILE.format(file.name))
+    measure = Measure("rFID", parameters, extractor=extractor, sha256=sha256, resize=TO_INCEPTION)
     return InceptionFeatures(network.to(device).eval(), measure, published=published), measure
 
 
@@ -146,12 +167,14 @@ def _check_tensors(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file of Inception weights at {path}")
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
         # torch has no one exception for a file that is truncated, not its own, or would run code.
         raise CheckpointError(f"{path} is damaged, or no file of tensors alone: {error}") from error
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{path} must hold a state dict, got {type(tensors).__name__}")
 
 
 def _first_problem(error: RuntimeError) -> str:

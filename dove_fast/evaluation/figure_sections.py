@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import numpy as np
 
 from dove_fast.drawing import Axis, Chart, histogram
+from dove_fast.evaluation.columns import COSTS, MEASURES, Column, measured
+from dove_fast.evaluation.complexity import LEAST_COMPLEXITY
+from dove_fast.evaluation.lengths import count_tokens
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, VQGAN_ALONE, Evaluation, QualityRow, RegionRow
 from dove_fast.html import table
 from dove_fast.jobs.info import length_histogram
@@ -15,15 +18,7 @@ from dove_fast.jobs.info import length_histogram
 __all__ = ["figure_sections", "grid"]
 
 CHART = 440
-# A flat picture has a complexity of 0, which has no logarithm.
-LEAST_COMPLEXITY = 0.01
-# Of each measure: its name, its unit, its mean in a row, and how many digits are shown.
-MEASURES: tuple[tuple[str, str, Callable[[QualityRow], float | None], int], ...] = (
-    ("PSNR", "dB", lambda row: row.psnr.mean, 2),
-    ("SSIM", "", lambda row: row.ssim.mean, 4),
-    ("LPIPS", "", lambda row: None if row.lpips is None else row.lpips.mean, 4),
-    ("rFID", "", lambda row: row.rfid, 2),
-)
+DASH = "–"  # noqa: RUF001 - a dash for no number
 
 
 def figure_sections(evaluation: Evaluation) -> Iterator[str]:
@@ -39,8 +34,8 @@ def figure_sections(evaluation: Evaluation) -> Iterator[str]:
         yield f'<p class="warning">{escape(warning[:1].upper() + warning[1:])}.</p>'
     yield from _quality(evaluation)
     yield '<div class="charts">'
-    for name, unit, value, _ in MEASURES:
-        yield from _by_tokens(evaluation.rows, name, unit, value)
+    for measure in MEASURES:
+        yield from _by_tokens(evaluation.rows, measure)
     yield "</div>"
     yield from _lengths(evaluation)
     yield from _texts(evaluation)
@@ -58,36 +53,35 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> Ite
     yield "</tbody></table></div>"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"  # noqa: RUF001 - a dash for no number
-
-
 def _quality(evaluation: Evaluation) -> Iterator[str]:
-    shown = [item for item in MEASURES if any(item[2](row) is not None for row in evaluation.rows)]
-    heads = ["", "tokens", *(f"{name}, {unit}" if unit else name for name, unit, _, _ in shown), "PSNR, 5th to 95th"]
-    rows = [
-        [
-            row.name,
-            _number(row.tokens, 1),
-            *(_number(value(row), digits) for _, _, value, digits in shown),
-            f"{row.psnr.p5:.1f} to {row.psnr.p95:.1f}",
-        ]
-        for row in evaluation.rows
-    ]
-    yield from grid(heads, rows, "Quality by number of tokens")
+    shown, costs = measured(MEASURES, evaluation.rows), measured(COSTS, evaluation.rows)
+    uses = {use.name: use for use in evaluation.codebooks}
+    heads = ["", "tokens", *(column.label for column in shown), "PSNR, 5th to 95th", *(cost.label for cost in costs)]
+    heads += ["codewords", "perplexity"] if uses else []
+
+    def cells(row: QualityRow) -> list[str]:
+        figures = [row.name, f"{row.tokens:,.1f}", *(column.text(row, DASH) for column in shown)]
+        figures += [f"{row.psnr.p5:.1f} to {row.psnr.p95:.1f}", *(cost.text(row, DASH) for cost in costs)]
+        use = uses.get(row.name)
+        if use is not None:
+            figures += [f"{use.used:,} of {use.size:,}", f"{use.perplexity:,.1f}"]
+        elif uses:
+            figures += [DASH, DASH]
+        return figures
+
+    yield from grid(heads, [cells(row) for row in evaluation.rows], "Quality by number of tokens")
 
 
-def _by_tokens(
-    rows: Sequence[QualityRow], name: str, unit: str, value: Callable[[QualityRow], float | None]
-) -> Iterator[str]:
+def _by_tokens(rows: Sequence[QualityRow], measure: Column) -> Iterator[str]:
     """Draw a measure over token counts: a line of the fixed ones, a dot for the adaptive, a level for the VQGAN."""
-    found = [(row, value(row)) for row in rows]
+    name = measure.name
+    found = [(row, measure.mean(row)) for row in rows]
     known = [(row, number) for row, number in found if number is not None]
     fixed = [(row.tokens, number) for row, number in known if row.kind == FIXED]
     if not fixed:
         return
     x = Axis.around("tokens an image", [row.tokens for row, _ in known if row.kind != VQGAN_ALONE])
-    y = Axis.around(f"{name}, {unit}" if unit else name, [number for _, number in known])
+    y = Axis.around(measure.label, [number for _, number in known])
     chart = Chart(f"{name} by number of tokens", x, y, width=CHART)
     yield "<figure>"
     yield from chart.begin()
@@ -96,7 +90,7 @@ def _by_tokens(
             yield from chart.level(number, row.name)
     yield from chart.line(fixed)
     for tokens, number in fixed:
-        yield from chart.dot(tokens, number, f"{tokens:g} tokens: {number:.4g}")
+        yield from chart.dot(tokens, number, f"{count_tokens(round(tokens))}: {number:.4g}")
     for row, number in known:
         if row.kind == ADAPTIVE:
             yield from chart.dot(row.tokens, number, f"{row.name}, {row.tokens:.1f} tokens: {number:.4g}", "chosen", 5)
@@ -177,14 +171,13 @@ def _measures(evaluation: Evaluation) -> Iterator[str]:
         parts += [f"extractor {measure.extractor}"] if measure.extractor else []
         parts += [f"sha256 {measure.sha256}"] if measure.sha256 else []
         parts += [f"resized by {measure.resize}"] if measure.resize else []
+        parts += [f"N = {measure.images:,}"] if measure.images is not None else []
         parts += [f"left out: {measure.left_out}"] if measure.left_out else []
         rows.append((measure.name, "; ".join(parts)))
-    for use in evaluation.codebooks:
-        said = f"{use.used:,} of {use.size:,} used, perplexity {use.perplexity:,.1f}, of {use.codes:,} codes"
-        rows.append((f"codebook, {use.name}", said))
+    alone = ", ".join(filter(None, (context.vqgan, context.vqgan_fingerprint))) or "the checkpoint's own"
     rows += [
         ("checkpoint", f"{context.checkpoint}, {context.fingerprint}"),
-        ("VQGAN alone", context.vqgan or "the checkpoint's own"),
+        ("VQGAN alone", alone),
         ("images", f"N = {context.images:,}; {context.transform}, {context.resample}"),
         ("device", f"{context.device}: {context.device_name}, {context.threads} threads, torch {context.torch}"),
         ("time", f"{context.seconds:.0f} s, batches of {context.batch_size}, dove_fast {context.version}"),

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dove_fast.evaluation.lengths import check_lengths, eos_prefixes, prefixes
-from dove_fast.evaluation.measures import check_numbers, decibels, unit_pixels
+from dove_fast.evaluation.lengths import check_lengths, count_tokens, eos_prefixes, prefixes
+from dove_fast.evaluation.measures import check_finite, decibels, unit_pixels
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, Grounding, RegionRow
 from dove_fast.losses.region import region_mse
 from dove_fast.models.dove import DOVE
@@ -25,13 +25,19 @@ class _Errors:
     def __init__(self, name: str, kind: str, *, with_text: bool) -> None:
         self.name, self.kind, self.with_text = name, kind, with_text
         self._sums = torch.zeros(5, dtype=torch.float64)
+        self._counts = torch.zeros(5, dtype=torch.float64)
 
-    def add(self, tokens: Sequence[int], inside: Tensor, outside: Tensor) -> None:
+    def add(self, tokens: Sequence[int], inside: Tensor, outside: Tensor, mask: Tensor) -> None:
+        every = torch.ones(len(mask), dtype=torch.bool)
+        has_inside, has_outside = (side.flatten(1).any(dim=1).cpu() for side in (mask, ~mask))
         columns = (torch.tensor(tokens), inside, outside, decibels(inside), decibels(outside))
-        self._sums += torch.stack([column.double().sum().cpu() for column in columns])
+        sides = torch.stack([every, has_inside, has_outside, has_inside, has_outside])
+        values = torch.stack([column.double().cpu() for column in columns])
+        self._sums += (values * sides).sum(dim=1)
+        self._counts += sides.sum(dim=1)
 
-    def row(self, samples: int) -> RegionRow:
-        return RegionRow(self.name, self.kind, self.with_text, *(self._sums / samples).tolist())
+    def row(self) -> RegionRow:
+        return RegionRow(self.name, self.kind, self.with_text, *(self._sums / self._counts).tolist())
 
 
 class GroundingMeter:
@@ -45,20 +51,21 @@ class GroundingMeter:
         self._model = model
         self._lengths = check_lengths(lengths, model.config.num_tokens)
         self._threshold = model.config.eos_threshold if eos_threshold is None else eos_threshold
-        names = [(f"{length} tokens" if length > 1 else "1 token", FIXED) for length in self._lengths]
+        names = [(count_tokens(length), FIXED) for length in self._lengths]
         self._rows = [
             (_Errors(name, kind, with_text=True), _Errors(name, kind, with_text=False))
             for name, kind in [*names, ("adaptive", ADAPTIVE)]
         ]
         self._share = 0.0
-        self.samples = 0
+        self.samples = self.tokens = 0
 
     @torch.no_grad()
     def add(self, images: Tensor, queries: Sequence[Tensor], mask: Tensor) -> None:
         """Measure images, uint8 (B, 3, S, S), with B texts as token ids and their regions, mask (B, 1, S, S) bool.
 
-        A region that is the whole picture has an outside without error. Raises what `DOVE.tokenize`
-        raises, and `JobError` for pictures that hold NaN.
+        A region that is the whole picture has no outside, and does not count in the means of that side, which are NaN
+        where no sample has one. Raises what `DOVE.tokenize` raises, and `JobError` for pictures that hold NaN or
+        infinity.
         """
         model = self._model
         images, mask = images.to(model.device), mask.to(model.device)
@@ -68,11 +75,14 @@ class GroundingMeter:
             kept = [prefixes(tokens, length) for length in self._lengths]
             kept.append(eos_prefixes(model, tokens, self._threshold))
             for pair, some in zip(self._rows, kept, strict=True):
-                inside, outside = region_mse(pixels, unit_pixels(model.decode(some)), mask)
-                check_numbers(inside + outside, pair[column].name, model.dtype)
-                pair[column].add(some.host_lengths, inside, outside)
+                made = model.decode(some)
+                check_finite(made, pair[column].name)
+                inside, outside = region_mse(pixels, unit_pixels(made), mask)
+                pair[column].add(some.host_lengths, inside, outside, mask)
         self._share += float(mask.double().mean(dim=(1, 2, 3)).sum())
         self.samples += len(images)
+        # As many as EOS chose without the texts.
+        self.tokens += kept[-1].values.shape[0]
 
     def result(self, set_aside: dict[str, int] | None = None) -> Grounding:
         """Return what was measured; `set_aside`: samples that could not be, by reason.
@@ -81,7 +91,7 @@ class GroundingMeter:
         """
         if not self.samples:
             raise ValueError("there are no samples with a text and a region to measure")
-        rows = tuple(errors.row(self.samples) for pair in self._rows for errors in pair)
+        rows = tuple(errors.row() for pair in self._rows for errors in pair)
         return Grounding(
             samples=self.samples,
             set_aside=dict(set_aside or {}),

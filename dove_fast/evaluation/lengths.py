@@ -1,7 +1,9 @@
 """One tokenization at full length gives every other length: tokens are causal.
 
 A token depends on the image, its query and its index alone, so the first n of T tokens are those of
-`DOVE.tokenize(length=n)`, and EOS, read off the same tokens, gives the length that `DOVE.tokenize` would choose.
+`DOVE.tokenize(length=n)`, but for the rounding of other blocks of steps. EOS, read off the same tokens, gives the
+length that `DOVE.tokenize` would choose, unless a logit comes so near to the threshold's (1e-4 in fp32) that rounding
+decides.
 """
 
 from __future__ import annotations
@@ -16,10 +18,23 @@ from dove_fast.models.dove import DOVE
 from dove_fast.models.lengths import eos_lengths
 from dove_fast.ragged import RaggedTokens
 
-__all__ = ["EIGHTHS", "check_lengths", "default_lengths", "eos_prefixes", "prefixes", "summarize_lengths"]
+__all__ = [
+    "EIGHTHS",
+    "check_lengths",
+    "count_tokens",
+    "default_lengths",
+    "eos_prefixes",
+    "prefixes",
+    "summarize_lengths",
+]
 
 EIGHTHS = 8
 PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def count_tokens(tokens: int) -> str:
+    """Put a token count into words: 1 token, 8 tokens."""
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
 
 
 def default_lengths(num_tokens: int) -> tuple[int, ...]:

@@ -5,15 +5,16 @@ Shape suffixes: B images of H x W pixels.
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dove_fast.evaluation.results import Measure, Spread
 from dove_fast.failures import JobError
 from dove_fast.losses.region import region_mse
 
-__all__ = ["PSNR", "SSIM", "check_numbers", "decibels", "psnr", "spread", "ssim", "unit_pixels"]
+__all__ = ["PSNR", "SSIM", "WINDOW", "check_finite", "decibels", "psnr", "spread", "ssim", "unit_pixels"]
 
 # A mean squared error below this is taken for it: equal images have 100 dB and not infinitely many.
 LEAST_MSE = 1e-10
@@ -59,26 +60,37 @@ def ssim(images: Tensor, made: Tensor) -> Tensor:
             f"images and made must have one shape (B, C, H, W), at least {WINDOW} x {WINDOW}, got "
             f"{tuple(images.shape)} and {tuple(made.shape)}"
         )
-    offsets = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
-    weights = torch.exp(-0.5 * (offsets / SIGMA).square())
-    weights = weights / weights.sum()
-    # Every channel as an image of its own.
-    x, y = (pixels.flatten(0, 1).unsqueeze(1) for pixels in (images, made))
-    columns = F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), weights.view(1, 1, -1, 1))
-    mean_x, mean_y, xx, yy, xy = F.conv2d(columns, weights.view(1, 1, 1, -1)).chunk(5)
+    heights = [math.exp(-0.5 * ((place - WINDOW // 2) / SIGMA) ** 2) for place in range(WINDOW)]
+    weights = [height / sum(heights) for height in heights]
+    x, y = images, made
+    mean_x, mean_y, xx, yy, xy = (_windows(values, weights) for values in (x, y, x * x, y * y, x * y))
     variances = xx - mean_x.square() + yy - mean_y.square()
     covariance = xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
     structure = (2 * covariance + C2) / (variances + C2)
-    return (luminance * structure).unflatten(0, images.shape[:2]).mean(dim=(1, 2, 3, 4))
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-def check_numbers(values: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Raise `JobError` where values (n,) of `what` hold NaN: a model in `dtype` overflowed, or is not sound."""
-    if bool(values.isnan().any()):
+def _windows(values: Tensor, weights: list[float]) -> Tensor:
+    """Return the means of values (B, C, H, W) over all windows in them, weighted along rows and along columns.
+
+    By shifted sums: a convolution on a GPU may round to TF32, which the differences of squares do not forgive.
+    """
+    for dim in (2, 3):
+        size = values.shape[dim] - len(weights) + 1
+        total = weights[0] * values.narrow(dim, 0, size)
+        for offset, weight in enumerate(weights[1:], start=1):
+            total.add_(values.narrow(dim, offset, size), alpha=weight)
+        values = total
+    return values
+
+
+def check_finite(made: Tensor, what: str, kind: str = "pictures") -> None:
+    """Raise `JobError` where decoded `made`, not clamped yet, hold NaN or infinity: overflow, or a model not sound."""
+    if not bool(made.isfinite().all()):
         raise JobError(
-            f"{what}: the pictures hold NaN in {str(dtype).removeprefix('torch.')}; if the model is sound, another "
-            "--dtype (bfloat16, float32) holds them"
+            f"{what}: the {kind} hold NaN or infinity in {str(made.dtype).removeprefix('torch.')}; if the model is "
+            "sound, another --dtype (bfloat16, float32) holds them"
         )
 
 

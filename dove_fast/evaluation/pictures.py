@@ -50,10 +50,13 @@ class Principal:
 def fit_principal(states: Tensor) -> Principal:
     """Find the first three principal components of features (.., d), all positions of all images together, in fp64.
 
-    A direction's sign is arbitrary; here its entry of the largest size is positive. Fewer than three dimensions, or
-    features that do not vary, leave components of no variance.
-    Raises `ValueError` for fewer than two features. Source: METHOD section 6, "emerging segmentation".
+    A direction's sign is arbitrary; here its entry of the largest size is positive. Features that do not vary have
+    components of no variance.
+    Raises `ValueError` for fewer than two features, or fewer than three dimensions. Source: METHOD section 6,
+    "emerging segmentation".
     """
+    if states.shape[-1] < COMPONENTS:
+        raise ValueError(f"features must have at least {COMPONENTS} dimensions, got {states.shape[-1]}")
     rows = states.flatten(0, -2).double()
     if len(rows) < 2:
         raise ValueError(f"at least two features are needed, got {len(rows)}")
@@ -102,14 +105,16 @@ def heat_picture(pixels: Tensor, weights: Tensor) -> Tensor:
     return (heat * (1 - SHOWS_THROUGH) + grey * SHOWS_THROUGH).round().to(torch.uint8)
 
 
-def outline(pixels: Tensor, boxes: Sequence[tuple[int, int, int, int]], scale: int = 1) -> Tensor:
+def outline(pixels: Tensor, boxes: Sequence[tuple[int, int, int, int]], scale: int = 1, width: int = 1) -> Tensor:
     """Draw boxes (left, top, right, bottom), in pixels, on a picture enlarged `scale` times: uint8 (3, S, S) both ways.
 
-    A red line lies inside of each box's edge and a white one inside of that, so that one of them stands out anywhere.
+    A red line, `width` pixels of the result wide, lies inside of each box's edge and a white one inside of that, so
+    that one of them stands out anywhere.
     """
     drawn = pixels.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     for box in boxes:
-        for inset, colour in enumerate(reversed(BOX_COLOURS)):
+        white, red = BOX_COLOURS
+        for inset, colour in enumerate([red] * width + [white] * width):
             left, top, right, bottom = (edge * scale for edge in box)
             left, top, right, bottom = left + inset, top + inset, right - inset - 1, bottom - inset - 1
             if left > right or top > bottom:

@@ -6,17 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dove_fast.atomic import replacing
+from dove_fast.evaluation.columns import MEASURES
+from dove_fast.evaluation.complexity import LEAST_COMPLEXITY
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, VQGAN_ALONE, Complexity, Evaluation, Lengths
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COMPLEXITY_PLOT", "LENGTHS_PLOT", "QUALITY_PLOT", "check_matplotlib", "draw_complexity", "draw_plots"]
+__all__ = [
+    "COMPLEXITY_PLOT",
+    "LENGTHS_PLOT",
+    "PLOTS",
+    "QUALITY_PLOT",
+    "check_matplotlib",
+    "draw_complexity",
+    "draw_plots",
+]
 
-QUALITY_PLOT, LENGTHS_PLOT, COMPLEXITY_PLOT = "quality.svg", "lengths.svg", "complexity.svg"
+PLOTS = QUALITY_PLOT, LENGTHS_PLOT, COMPLEXITY_PLOT = "quality.svg", "lengths.svg", "complexity.svg"
 FIXED_COLOUR, ADAPTIVE_COLOUR, VQGAN_COLOUR = "#0b6e99", "#b0483a", "#6b6b6b"
-# A flat picture's complexity is 0, which a logarithmic axis has no place for.
-LEAST_COMPLEXITY = 1e-2
 
 
 def check_matplotlib() -> None:
@@ -61,13 +69,8 @@ def _draw_quality(path: Path, evaluation: Evaluation) -> None:
     """Draw a panel a measure that has numbers, against tokens."""
     rows, context = evaluation.rows, evaluation.context
     panels = [
-        (label, values)
-        for label, values in (
-            ("PSNR, dB", [row.psnr.mean for row in rows]),
-            ("SSIM", [row.ssim.mean for row in rows]),
-            ("LPIPS, lower is better", [None if row.lpips is None else row.lpips.mean for row in rows]),
-            ("rFID, lower is better", [row.rfid for row in rows]),
-        )
+        (measure.label, values)
+        for measure, values in ((measure, [measure.mean(row) for row in rows]) for measure in MEASURES)
         if None not in values
     ]
     figure = _figure(4 * len(panels), 3.2)

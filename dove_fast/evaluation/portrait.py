@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dove_fast.evaluation.attention import StepAttention, decoder_attention, padding_mask, step_attention
 from dove_fast.evaluation.lengths import check_lengths
-from dove_fast.evaluation.measures import decibels, psnr, unit_pixels
+from dove_fast.evaluation.measures import check_finite, decibels, psnr, unit_pixels
 from dove_fast.evaluation.shown import ShownRegion
+from dove_fast.evaluation.vqgan_alone import decode_codes
 from dove_fast.losses.region import region_mse
 from dove_fast.models.dove import DOVE
-from dove_fast.models.inputs import Query, check_images, check_queries
+from dove_fast.models.inputs import Query, check_images, check_length_options, check_queries
 from dove_fast.models.lengths import eos_lengths
 
 __all__ = ["Answer", "Frame", "OnStage", "Portrait", "answers", "doubling_lengths", "take_portrait"]
@@ -86,20 +87,24 @@ def take_portrait(
     queries: Sequence[Query] | None = None,
     *,
     lengths: Sequence[int] | None = None,
+    eos_threshold: float | None = None,
     vqgan: DOVE | None = None,
     on_stage: OnStage | None = None,
 ) -> Portrait:
     """Tokenize and decode a few images by the plain forward, every position of it, and keep what it shows on the way.
 
     images: (B, 3, S, S) uint8, on any device. queries: as `DOVE.tokenize` takes them. lengths: tokens an image
-    of the frames, None for `doubling_lengths(T)`. Every frame decodes all images: this is for tens of them. vqgan: a
-    model whose VQGAN is the one that stands alone, such as what this one was trained from; None for its own.
+    of the frames, None for `doubling_lengths(T)`. Every frame decodes all images: this is for tens of them.
+    eos_threshold: the probability that ends an image, None for the configuration's. vqgan: a model whose VQGAN is the
+    one that stands alone, such as what this one was trained from; None for its own.
     on_stage: called with how many stages are done, and of how many.
     Raises what `DOVE.tokenize` raises, `ValueError` for a length that is not from 1 to T, or a `vqgan` for images of
-    another size.
+    another size, and `JobError` for pictures that hold NaN or infinity.
     """
     check_images(images, model.config)
-    most, threshold = model.config.num_tokens, model.config.eos_threshold
+    check_length_options(model.config, None, None, eos_threshold, None)
+    most = model.config.num_tokens
+    threshold = model.config.eos_threshold if eos_threshold is None else eos_threshold
     counts = check_lengths(doubling_lengths(most) if lengths is None else lengths, most)
     ids = check_queries(queries, len(images), model.config, model.tokenizer)
     baseline = model if vqgan is None else vqgan
@@ -116,8 +121,8 @@ def take_portrait(
     features = _features(model, images)
     states, logits = model.generate(features, ids)
     advance()
-    grid = features if vqgan is None else _features(vqgan, images)
-    alone = _pictures(baseline, grid.transpose(1, 2).unflatten(2, (baseline.config.grid_size,) * 2))
+    codes = baseline.vqgan.quantize.codes(features if vqgan is None else _features(vqgan, images))
+    alone = _seen(decode_codes(baseline, codes), "VQGAN alone")
     advance()
 
     def frame(kept: Tensor) -> Frame:
@@ -157,25 +162,33 @@ def _padded(states: Tensor, lengths: Tensor) -> Tensor:
 def _decode(model: DOVE, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `DOVE.decode_padded` makes of the tokens, as pictures, and the token decoder's states before."""
     decoded = model.token_decoder(_padded(states, lengths), padding_mask(model, lengths, states.shape[1]))
-    return _pictures(model, model.grid(decoded)), decoded.float().cpu()
+    # The codebook would hide NaN: some codeword is the nearest.
+    check_finite(decoded, "tokens", "features")
+    grid = model.grid(decoded)
+    made = [_seen(model.render(grid[rows]), "tokens") for rows in model.chunks(len(grid))]
+    return torch.cat(made), decoded.float().cpu()
 
 
-def _pictures(model: DOVE, grid: Tensor) -> Tensor:
-    """Render a feature grid (B, C, h, w), in chunks of bounded memory: (B, 3, S, S) fp32 in [0, 1] on the CPU."""
-    return torch.cat([model.render(grid[rows]).float().clamp(0, 1).cpu() for rows in model.chunks(len(grid))])
+def _seen(made: Tensor, what: str) -> Tensor:
+    """Return decoded pictures (B, 3, S, S) as people see them: fp32 in [0, 1] on the CPU."""
+    check_finite(made, what)
+    return unit_pixels(made).cpu()
 
 
-def answers(model: DOVE, regions: Sequence[ShownRegion], *, with_text: bool) -> list[Answer]:
+def answers(
+    model: DOVE, regions: Sequence[ShownRegion], *, with_text: bool, eos_threshold: float | None = None
+) -> list[Answer]:
     """Reconstruct each region's picture from as many tokens as EOS chooses, by the oracle: on the CPU.
 
-    Raises what `DOVE.tokenize` raises, for texts without a tokenizer, say.
+    eos_threshold: as in `take_portrait`. Raises what `DOVE.tokenize` raises, for texts without a tokenizer, say, and
+    `JobError` for pictures that hold NaN or infinity.
     """
     if not regions:
         return []
     images = torch.stack([region.pixels for region in regions])
     texts = [region.text for region in regions] if with_text else None
-    made, tokens = model.reconstruct(images.to(model.device), texts, engine="oracle")
-    made = unit_pixels(made).cpu()
+    made, tokens = model.reconstruct(images.to(model.device), texts, engine="oracle", eos_threshold=eos_threshold)
+    made = _seen(made, "tokens")
     sides = region_mse(unit_pixels(images), made, torch.stack([region.mask for region in regions]))
     inside, outside = (decibels(side).tolist() for side in sides)
     return [Answer(*row) for row in zip(tokens.host_lengths, made, inside, outside, strict=True)]

@@ -83,6 +83,11 @@ class ProbeFeatures:
             self._files[name] = _File(path, array.shape[1], array.dtype)
         self._files[name].append(array)
 
+    @property
+    def kinds(self) -> int:
+        """How many kinds of features `finished` yields."""
+        return len(self._files)
+
     def finished(self) -> Iterator[tuple[str, Rows]]:
         """Yield each kind's name and its rows, in the order of the images."""
         for name, file in self._files.items():

@@ -21,6 +21,7 @@ from dove_fast.evaluation.labelled import LabelledSet, draw, open_labelled, take
 from dove_fast.evaluation.logistic import Rows, StandardRows, fit_logistic
 from dove_fast.evaluation.probe_features import ProbeFeatures
 from dove_fast.evaluation.results import Measure, ProbeRow
+from dove_fast.failures import stopping
 from dove_fast.jobs.progress import OnProgress, Progress
 from dove_fast.models.inputs import check_length_options
 
@@ -39,6 +40,9 @@ TEST_SHARE = HELD_OUT_SHARE = 0.2
 PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 # Threads that decode, and batches that they may be ahead.
 DECODERS, AHEAD = 2, 2
+
+# What to do where the disk of the features is full, say.
+AGAIN = "run the same command again; TMPDIR names another place for the features"
 
 Mask = npt.NDArray[np.bool_]
 
@@ -65,6 +69,7 @@ def probe(
     allow_download: bool = False,
     on_progress: OnProgress | None = None,
     on_row: Callable[[ProbeRow], None] | None = None,
+    on_fit: Callable[[int, int], None] | None = None,
     on_set_aside: Callable[[str, str], None] | None = None,
 ) -> list[ProbeRow]:
     """Train a linear classifier on each kind of features of a labelled data set, and return their test accuracies.
@@ -85,11 +90,12 @@ def probe(
     dataset: what `open_labelled` takes, or returned. images: so many of them, drawn by seed in proportion to the
     classes; None is all. seed: decides that, the split where the publisher made none, and what is held out.
     on_progress: called with a `Progress` of the images that were read. on_row: called with each row as it is done.
+    on_fit: called with how many classifiers are trained, and of how many.
     on_set_aside: called with the key of each image that cannot be read and why; without it a warning is logged.
 
     Raises what `open_labelled` raises; `ValueError` for a wrong option, a class with one image, no class with two to
-    train on, and too little space in the temporary directory; `JobError` for features that are not finite; `OSError`
-    where a medium fails. Source: METHOD section 6.
+    train on, and too little space in the temporary directory; `JobError` for features that are not finite, and where
+    a medium fails or the memory is full. Source: METHOD section 6.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -102,7 +108,8 @@ def probe(
     _split(found, drawn, seed)
     with tempfile.TemporaryDirectory(prefix="dove-fast-probe-") as directory:
         features = ProbeFeatures(Path(directory), model, len(drawn), eos_threshold)
-        kept = _read(features, found, drawn, batch_size, on_progress, on_set_aside)
+        with stopping(AGAIN):
+            kept = _read(features, found, drawn, batch_size, on_progress, on_set_aside)
         labels = found.labels[kept]
         train, test = _split(found, kept, seed)
         rows: list[ProbeRow] = []
@@ -114,8 +121,11 @@ def probe(
 
         largest = np.bincount(labels[train]).argmax()
         report(LARGEST_CLASS, float((labels[test] == largest).mean()), 0)
-        for name, matrix in features.finished():
-            report(name, _accuracy(matrix, labels, train, test, model.device, seed, name), matrix.shape[1])
+        with stopping(AGAIN):
+            for done, (name, matrix) in enumerate(features.finished(), start=1):
+                report(name, _accuracy(matrix, labels, train, test, model.device, seed, name), matrix.shape[1])
+                if on_fit is not None:
+                    on_fit(done, features.kinds)
     return rows
 
 

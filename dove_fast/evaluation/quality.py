@@ -6,17 +6,18 @@ Shape suffixes: B images of S pixels a side, T the most tokens an image can have
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dove_fast.evaluation.codebook import CodebookCounter
 from dove_fast.evaluation.complexity import laplacian_variance, rank_correlation
+from dove_fast.evaluation.cost import code_bytes, image_cost, vqgan_flop
 from dove_fast.evaluation.extractors import InceptionFeatures, PerceptualDistance
 from dove_fast.evaluation.frechet import Moments, frechet_distances
-from dove_fast.evaluation.lengths import check_lengths, eos_prefixes, prefixes, summarize_lengths
-from dove_fast.evaluation.measures import check_numbers, psnr, spread, ssim, unit_pixels
+from dove_fast.evaluation.lengths import check_lengths, count_tokens, eos_prefixes, prefixes, summarize_lengths
+from dove_fast.evaluation.measures import check_finite, psnr, spread, ssim, unit_pixels
 from dove_fast.evaluation.results import (
     ADAPTIVE,
     FIXED,
@@ -28,9 +29,11 @@ from dove_fast.evaluation.results import (
     QualityRow,
     Spread,
 )
+from dove_fast.evaluation.vqgan_alone import decode_codes
 from dove_fast.generation import TokenStream
 from dove_fast.models.dove import DOVE
 from dove_fast.ragged import RaggedTokens
+from dove_fast.store.layout import TOKEN_DTYPES
 
 __all__ = ["QualityMeter"]
 
@@ -41,8 +44,9 @@ MOST_POINTS = 2000
 class _Row:
     """What has come of one token count so far."""
 
-    def __init__(self, name: str, kind: str, moments: Moments | None) -> None:
+    def __init__(self, name: str, kind: str, moments: Moments | None, codewords: int) -> None:
         self.name, self.kind, self.moments = name, kind, moments
+        self.codes = CodebookCounter(name, codewords)
         self.tokens: list[Tensor] = []
         self.values: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
 
@@ -81,14 +85,12 @@ class QualityMeter:
         self._threshold = config.eos_threshold if eos_threshold is None else eos_threshold
         self._lpips, self._inception = lpips, inception
         self._reference = self._moments()
-        self._alone = _Row("VQGAN alone", VQGAN_ALONE, self._moments())
+        codewords = config.vqgan.num_vq_embeddings
+        self._alone = _Row("VQGAN alone", VQGAN_ALONE, self._moments(), self._baseline.config.vqgan.num_vq_embeddings)
         self._fixed = {
-            length: _Row("1 token" if length == 1 else f"{length} tokens", FIXED, self._moments())
-            for length in self._lengths
+            length: _Row(count_tokens(length), FIXED, self._moments(), codewords) for length in self._lengths
         }
-        self._adaptive = _Row("adaptive", ADAPTIVE, self._moments())
-        self._codes = CodebookCounter("VQGAN", self._baseline.config.vqgan.num_vq_embeddings)
-        self._grid_codes = CodebookCounter("token decoder's grid, adaptive lengths", config.vqgan.num_vq_embeddings)
+        self._adaptive = _Row("adaptive", ADAPTIVE, self._moments(), codewords)
         self._complexity: list[Tensor] = []
         self.images = self.tokens = 0
 
@@ -104,24 +106,22 @@ class QualityMeter:
     def add(self, images: Tensor) -> None:
         """Measure images, uint8 (B, 3, S, S), on any device. Raises what `DOVE.tokenize` raises.
 
-        Raises `JobError` for a model whose pictures hold NaN, in half precision say.
+        Raises `JobError` for a model whose pictures hold NaN or infinity, in half precision say.
         """
-        model, config = self._model, self._model.config
+        model = self._model
         images = images.to(model.device)
         tokens, codes = self._tokens_and_codes(images)
         pixels = unit_pixels(images)
         if self._inception is not None and self._reference is not None:
-            self._reference.add(self._inception(images))
+            self._reference.add(self._in_chunks(self._inception, images))
         self._complexity.append(laplacian_variance(images).cpu())
 
-        self._codes.add(codes)
-        self._measure(self._alone, pixels, self._of_codes(codes), [codes.shape[1]] * len(images))
+        self._alone.codes.add(codes)
+        self._measure(self._alone, pixels, decode_codes(self._baseline, codes), [codes.shape[1]] * len(images))
         for length, row in self._fixed.items():
-            self._measure(row, pixels, model.decode(prefixes(tokens, length)), [length] * len(images))
+            self._measure_tokens(row, pixels, prefixes(tokens, length))
         chosen = eos_prefixes(model, tokens, self._threshold)
-        self._measure(self._adaptive, pixels, model.decode(chosen), chosen.host_lengths)
-        if config.quantize == "nearest":
-            self._grid_codes.add(self._codes_of_grid(chosen))
+        self._measure_tokens(self._adaptive, pixels, chosen)
         self.images += len(images)
         self.tokens += chosen.values.shape[0]
 
@@ -137,36 +137,36 @@ class QualityMeter:
             return tokens, torch.stack([item.codes for item in items if item.codes is not None])
         return tokens, baseline.vqgan.quantize.codes(baseline.encode_in_chunks(images))
 
-    def _of_codes(self, codes: Tensor) -> Tensor:
-        """Decode codes (B, N) by the VQGAN alone: images (B, 3, S, S)."""
-        model, side = self._baseline, self._baseline.config.grid_size
-        words = model.vqgan.quantize.embedding(codes)
-        grid = words.transpose(1, 2).unflatten(2, (side, side))
-        # Where the model quantizes, a codeword stays itself.
-        return torch.cat([model.render(grid[rows]) for rows in model.chunks(len(codes))])
-
-    def _codes_of_grid(self, tokens: RaggedTokens) -> Tensor:
-        """Return the codes (B, N) that the token decoder's grid is looked up as."""
+    def _measure_tokens(self, row: _Row, pixels: Tensor, tokens: RaggedTokens) -> None:
+        """Decode tokens as `DOVE.decode` does, and count on the way what the grid is looked up as."""
         model = self._model
-        found = []
+        made = []
         for rows in model.chunks(len(tokens)):
             states = model.generation.decode(
                 model.token_decoder, tokens[rows], attends_padding=model.config.decoder_attends_padding
             )
-            found.append(model.vqgan.quantize.codes(model.grid(states).flatten(2).transpose(1, 2)))
-        return torch.cat(found)
+            grid = model.grid(states)
+            # The codebook would hide it: of NaN some codeword is the nearest.
+            check_finite(grid, row.name, "features")
+            if model.config.quantize == "nearest":
+                row.codes.add(model.vqgan.quantize.codes(grid.flatten(2).transpose(1, 2)))
+            made.append(model.render(grid))
+        self._measure(row, pixels, torch.cat(made), tokens.host_lengths)
 
     def _measure(self, row: _Row, pixels: Tensor, made: Tensor, tokens: Sequence[int]) -> None:
+        check_finite(made, row.name)
         made = unit_pixels(made)
         row.tokens.append(torch.tensor(tokens))
-        of_psnr = psnr(pixels, made).cpu()
-        check_numbers(of_psnr, row.name, self._model.dtype)
-        row.values["psnr"].append(of_psnr)
+        row.values["psnr"].append(psnr(pixels, made).cpu())
         row.values["ssim"].append(ssim(pixels, made).cpu())
         if self._lpips is not None:
-            row.values["lpips"].append(self._lpips(pixels, made).cpu())
+            row.values["lpips"].append(self._in_chunks(self._lpips, pixels, made).cpu())
         if self._inception is not None and row.moments is not None:
-            row.moments.add(self._inception(made))
+            row.moments.add(self._in_chunks(self._inception, made))
+
+    def _in_chunks(self, network: Callable[..., Tensor], *images: Tensor) -> Tensor:
+        """Give images (B, ..) to a network so many at a time as the model itself would take."""
+        return torch.cat([network(*(some[rows] for some in images)) for rows in self._model.chunks(len(images[0]))])
 
     def _rows(self) -> list[_Row]:
         return [self._alone, *self._fixed.values(), self._adaptive]
@@ -183,9 +183,28 @@ class QualityMeter:
         for row, distance in zip(rows, distances, strict=True):
             of_psnr, of_ssim = row.spread("psnr"), row.spread("ssim")
             assert of_psnr is not None and of_ssim is not None
-            tokens = float(torch.cat(row.tokens).double().mean())
-            found.append(QualityRow(row.name, row.kind, tokens, of_psnr, of_ssim, row.spread("lpips"), distance))
+            lengths = torch.cat(row.tokens)
+            gflop, size = self._cost(row.kind, lengths)
+            tokens = float(lengths.double().mean())
+            found.append(
+                QualityRow(row.name, row.kind, tokens, of_psnr, of_ssim, row.spread("lpips"), distance, gflop, size)
+            )
         return tuple(found)
+
+    def _cost(self, kind: str, lengths: Tensor) -> tuple[float, float | None]:
+        """Return the mean GFLOP of images with lengths (n,), to the picture, and their tokens' bytes in a store."""
+        if kind == VQGAN_ALONE:
+            config = self._baseline.config
+            return vqgan_flop(config) / 1e9, float(code_bytes(config))
+        dtype = next((name for name, dtype in TOKEN_DTYPES.items() if dtype == self._model.dtype), None)
+        counts = lengths.bincount().tolist()
+        flop = size = 0
+        for length, count in enumerate(counts):
+            if count:
+                cost = image_cost(self._model.config, length)
+                flop += count * (cost.tokenize + cost.decode)
+                size += count * (cost.token_bytes[dtype] if dtype is not None else 0)
+        return flop / len(lengths) / 1e9, None if dtype is None else size / len(lengths)
 
     @property
     def adaptive_lengths(self) -> Tensor:
@@ -216,6 +235,6 @@ class QualityMeter:
         return Complexity(None if correlation != correlation else correlation, points)
 
     def codebooks(self) -> tuple[CodebookUse, ...]:
-        """Return how the codebook is used, by the VQGAN and, where the model looks its grid up, by the tokens."""
-        own = (self._codes.result(),)
-        return (*own, self._grid_codes.result()) if self._model.config.quantize == "nearest" else own
+        """Return how the codebook is used by every row: by the VQGAN alone where tokens are not looked up in it."""
+        rows = self._rows() if self._model.config.quantize == "nearest" else [self._alone]
+        return tuple(row.codes.result() for row in rows)

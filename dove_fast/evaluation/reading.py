@@ -6,25 +6,15 @@ Shape suffixes: B images of S pixels a side.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dove_fast.config import DOVEConfig
-from dove_fast.data import (
-    DecodeError,
-    Sample,
-    Samples,
-    ShortSideCenterCrop,
-    Source,
-    Transform,
-    Unusable,
-    decode_image,
-    load_image,
-)
-from dove_fast.data.crop import Crop, crop_boxes, region_mask
+from dove_fast.data import Sample, Samples, Source, Transform, Unusable, load_image
+from dove_fast.evaluation.regions import centred_region, text_ids
 from dove_fast.failures import JobError
 from dove_fast.store.records import InputError
 from dove_fast.text import TextTokenizer
@@ -33,15 +23,20 @@ __all__ = ["RegionBatch", "SetAside", "image_batches", "region_batches"]
 
 
 class SetAside:
-    """The inputs that could not be read; one beyond `most` stops the evaluation with `JobError`."""
+    """The inputs that could not be read; one beyond `most` stops the evaluation with `JobError`.
 
-    def __init__(self, most: int | None) -> None:
+    on_error: called with each of them, before that.
+    """
+
+    def __init__(self, most: int | None, on_error: Callable[[InputError], None] | None = None) -> None:
         self.errors: list[InputError] = []
-        self._most = most
+        self._most, self._on_error = most, on_error
 
     def add(self, error: InputError) -> None:
         """Set one aside."""
         self.errors.append(error)
+        if self._on_error is not None:
+            self._on_error(error)
         if self._most is not None and len(self.errors) > self._most:
             raise JobError(
                 f"more than {self._most} inputs could not be read (--max-errors), the last one {error.key!r}: "
@@ -102,6 +97,7 @@ def region_batches(
     """Yield the samples that have a text and a region which is not the whole picture, the first `most` of them.
 
     Pictures go through `ShortSideCenterCrop`. What cannot be used is counted in `set_aside`, by reason.
+    Raises `OSError` where the medium fails.
     """
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
@@ -130,24 +126,12 @@ def _region(sample: Sample, tokenizer: TextTokenizer, config: DOVEConfig) -> tup
     """Return image, ids and mask of a sample, or why it cannot be used."""
     if not sample.text or not sample.boxes:
         return "no text, or no region"
-    try:
-        ids = tokenizer.encode(sample.text)
-    except ValueError:
-        return "a text that the tokenizer cannot encode"
-    most = config.generator.max_position_embeddings - config.num_features - config.num_tokens
-    if not 0 < len(ids) <= most:
-        return "text too long" if len(ids) else "a text without tokens"
-    try:
-        image = decode_image(sample.picture.encoded()).image
-    except (DecodeError, FileNotFoundError, IsADirectoryError, PermissionError):
-        return "a picture that cannot be read"
-    # Where the transform cuts.
-    side = min(image.size)
-    crop = Crop((image.width - side) // 2, (image.height - side) // 2, side)
-    boxes = crop_boxes(sample.boxes, sample.frame, image.size, crop, config.image_size)
-    if boxes is None:
-        return "a box outside the crop"
-    mask = region_mask(boxes, config.image_size)
-    if bool(mask.all()):
+    ids = text_ids(sample.text, config, tokenizer)
+    if isinstance(ids, str):
+        return ids
+    region = centred_region(sample, config.image_size)
+    if isinstance(region, str):
+        return region
+    if bool(region.mask.all()):
         return "the region is the whole picture"
-    return torch.from_numpy(ShortSideCenterCrop(config.image_size)(image)), ids, mask
+    return region.pixels, ids, region.mask

@@ -13,27 +13,22 @@ from torch import Tensor
 
 from dove_fast.drawing import Axis, Chart
 from dove_fast.evaluation.figure_sections import figure_sections
+from dove_fast.evaluation.lengths import count_tokens
 from dove_fast.evaluation.pictures import fit_principal, heat_picture, outline, to_pixels
 from dove_fast.evaluation.portrait import Answer, Portrait
 from dove_fast.evaluation.report_style import REPORT_STYLE
 from dove_fast.evaluation.results import Evaluation
 from dove_fast.evaluation.shown import ShownImages, ShownRegion
+from dove_fast.evaluation.vqgan_alone import NO_BASELINE, is_no_baseline
 from dove_fast.html import THUMBNAIL, begin_page, end_page, png, table, write_page
 
 __all__ = ["ReportPage", "write_report"]
 
-# So many dB more are no accident of a few images.
-CLEARLY = 0.5
 # Images whose attention is drawn.
 ATTENTION_IMAGES = 4
 NO_EVALUATION = (
     "There are no figures of the whole data here: <code>dove-fast evaluate CHECKPOINT DATA DIR</code> measures "
     "them, and <code>--evaluation DIR</code> puts them into this page."
-)
-NOT_ALONE = (
-    "The VQGAN alone is worse than the tokens: its decoder seems to have learnt to decode them, and no longer fits the "
-    "encoder's own features. It is not the VQGAN that the model was made from, and no baseline; <code>--vqgan</code> "
-    "names that one."
 )
 
 
@@ -96,17 +91,14 @@ def _contents(page: ReportPage) -> Iterator[str]:
     yield f'<nav aria-label="Contents">{links}</nav>'
 
 
-def _count(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
-
-
-def _image(pixels: Tensor, alt: str, kind: str = "photo") -> str:
-    return f'<img class="{kind}" src="{png(pixels)}" alt="{escape(alt)}">'
+def _image(pixels: Tensor, alt: str, kind: str = "photo", *, whole: bool = False) -> str:
+    """Return the markup of a picture, uint8 (3, H, W); reduced to a thumbnail unless it is to be seen `whole`."""
+    return f'<img class="{kind}" src="{png(pixels, None if whole else THUMBNAIL)}" alt="{escape(alt)}">'
 
 
 def _photo(picture: Tensor, alt: str) -> str:
-    """Return an image in [0, 1]."""
-    return _image(to_pixels(picture), alt)
+    """Return a reconstruction in [0, 1], every pixel of it: the page makes it as small as it needs."""
+    return _image(to_pixels(picture), alt, whole=True)
 
 
 def _begin_gallery(label: str, heads: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -134,12 +126,12 @@ def _lines(text: str) -> str:
 END_GALLERY = "</tbody></table></div>"
 
 
-def _original(page: ReportPage, index: int) -> str:
-    """Return the markup of a row's head: the image itself, and how complex it is."""
+def _original(page: ReportPage, index: int, *, whole: bool = False) -> str:
+    """Return the markup of a row's head: the image itself, `whole` or as a thumbnail, and how complex it is."""
     key = page.shown.keys[index]
     complexity = float(page.shown.complexity[index])
     caption = f"complexity<br>{complexity:,.0f}" if complexity >= 100 else f"complexity<br>{complexity:.3g}"
-    picture = _image(page.shown.pixels[index], f"original: {key}")
+    picture = _image(page.shown.pixels[index], f"original: {key}", whole=whole)
     return f'<figure>{picture}<figcaption title="{escape(key)}">{caption}</figcaption></figure>'
 
 
@@ -152,22 +144,22 @@ def _strip(page: ReportPage) -> Iterator[str]:
         'stands its PSNR. What EOS keeps is <span class="kept">underlined</span>; more tokens come when they are asked '
         "for, by a fixed length.</p>"
     )
-    heads = [("original", ""), ("EOS chooses", "chosen"), *((_count(count), "") for count in portrait.frames)]
+    heads = [("original", ""), ("EOS chooses", "chosen"), *((count_tokens(count), "") for count in portrait.frames)]
     yield from _begin_gallery("Reconstructions by number of tokens", [*heads, ("VQGAN alone", "")])
     for index, key in enumerate(page.shown.keys):
         length = portrait.adaptive.lengths[index]
-        chosen = _photo(portrait.adaptive.pictures[index], f"{key} from the {_count(length)} that EOS chooses")
-        cells = [(chosen, f"{_count(length)}\n{portrait.adaptive.psnr[index]:.1f} dB", "chosen")]
+        chosen = _photo(portrait.adaptive.pictures[index], f"{key} from the {count_tokens(length)} that EOS chooses")
+        cells = [(chosen, f"{count_tokens(length)}\n{portrait.adaptive.psnr[index]:.1f} dB", "chosen")]
         for count, frame in portrait.frames.items():
-            made = _photo(frame.pictures[index], f"{key} from {_count(count)}")
+            made = _photo(frame.pictures[index], f"{key} from {count_tokens(count)}")
             cells.append((made, f"{frame.psnr[index]:.1f} dB", "kept" if count <= length else ""))
         alone = _photo(portrait.vqgan[index], f"{key} through the VQGAN alone")
         cells.append((alone, f"{portrait.vqgan_psnr[index]:.1f} dB", ""))
-        yield _row(_original(page, index), cells)
+        yield _row(_original(page, index, whole=True), cells)
     yield END_GALLERY
-    longest = portrait.frames[max(portrait.frames)]
-    if page.own_vqgan and portrait.vqgan_psnr.mean() + CLEARLY < longest.psnr.mean():
-        yield f'<p class="warning">{NOT_ALONE}</p>'
+    best = max(float(frame.psnr.mean()) for frame in portrait.frames.values())
+    if is_no_baseline(float(portrait.vqgan_psnr.mean()), best, own=page.own_vqgan):
+        yield f'<p class="warning">{escape(NO_BASELINE[:1].upper() + NO_BASELINE[1:])}.</p>'
 
 
 def _eos(page: ReportPage) -> Iterator[str]:
@@ -186,7 +178,7 @@ def _eos(page: ReportPage) -> Iterator[str]:
         curve = [(step + 1, value) for step, value in enumerate(portrait.eos[index].tolist())]
         length = portrait.adaptive.lengths[index]
         stopped = curve[length - 1][1] > portrait.threshold
-        end = f"stops at token {length}" if stopped else f"does not stop: all {_count(length)}"
+        end = f"stops at token {length}" if stopped else f"does not stop: all {count_tokens(length)}"
         chart = Chart(f"EOS probability of {key} by token; it {end}", x, y, width=240, height=150)
         yield "<figure>"
         yield from chart.begin()
@@ -212,21 +204,21 @@ def _features(page: ReportPage) -> Iterator[str]:
     yield (
         "<p>Each position of the grid as a colour: red, green and blue are the first three principal components of the "
         "token decoder's states. Positions of one colour are alike to it. The components are those of all shown "
-        f"images with {_count(most)} each, and hold {shares} of the variance; in the last column they are the image's "
-        "own.</p>"
+        f"images with {count_tokens(most)} each, and hold {shares} of the variance; in the last column they are the "
+        "image's own.</p>"
     )
-    heads = [("original", ""), *((_count(count), "") for count in counts), ("EOS chooses", "chosen")]
-    yield from _begin_gallery("Principal components of the features", [*heads, (f"{_count(most)}, alone", "")])
+    heads = [("original", ""), *((count_tokens(count), "") for count in counts), ("EOS chooses", "chosen")]
+    yield from _begin_gallery("Principal components of the features", [*heads, (f"{count_tokens(most)}, alone", "")])
     columns = [together.colours(portrait.frames[count].states) for count in counts]
     adaptive = together.colours(portrait.adaptive.states)
     for index, key in enumerate(shown.keys):
         length = portrait.adaptive.lengths[index]
         cells = [
-            (_image(to_pixels(column[index]), f"features of {key} with {_count(count)}", "cells"), "", "")
+            (_image(to_pixels(column[index]), f"features of {key} with {count_tokens(count)}", "cells"), "", "")
             for count, column in zip(counts, columns, strict=True)
         ]
-        named = f"features of {key} with the {_count(length)} that EOS chooses"
-        cells.append((_image(to_pixels(adaptive[index]), named, "cells"), _count(length), "chosen"))
+        named = f"features of {key} with the {count_tokens(length)} that EOS chooses"
+        cells.append((_image(to_pixels(adaptive[index]), named, "cells"), count_tokens(length), "chosen"))
         own = fit_principal(everything[index]).colours(everything[index : index + 1])[0]
         cells.append((_image(to_pixels(own), f"features of {key} by its own components", "cells"), "", ""))
         yield _row(_original(page, index), cells)
@@ -296,6 +288,7 @@ def _looks(page: ReportPage, index: int, layer: int, tokens: Sequence[int]) -> l
 
 def _heat(page: ReportPage, index: int, weights: Tensor, alt: str) -> str:
     side = round(len(weights) ** 0.5)
+    # As thumbnails: the heat has one value for many pixels.
     pixels = to_pixels(page.shown.pixels[index].float() / 255, max(THUMBNAIL, page.shown.pixels.shape[-1]))
     return _image(heat_picture(pixels, weights.view(side, side)), alt)
 
@@ -310,14 +303,15 @@ def _regions(page: ReportPage) -> Iterator[str]:
     )
     yield '<div class="cards">'
     for region, *pair in zip(page.regions, page.with_text, page.without_text, strict=True):
-        scale = max(1, THUMBNAIL // region.pixels.shape[-1])
-        drawn = _image(outline(region.pixels, region.boxes, scale), f"{region.key} with the region: {region.text}")
+        side = region.pixels.shape[-1]
+        boxed = outline(region.pixels, region.boxes, max(1, THUMBNAIL // side), max(1, side // THUMBNAIL))
+        drawn = _image(boxed, f"{region.key} with the region: {region.text}", whole=True)
         yield f"<article><h3>{escape(region.text)}</h3><div>"
         yield f"<figure>{drawn}<figcaption>the region</figcaption></figure>"
         for answer, said, kind in zip(pair, ("with", "without"), ("chosen", ""), strict=True):
             picture = _photo(answer.picture, f"{region.key} {said} the text")
             caption = _lines(
-                f"{said} the text\n{_count(answer.length)}\ninside {answer.psnr_inside:.1f} dB\n"
+                f"{said} the text\n{count_tokens(answer.length)}\ninside {answer.psnr_inside:.1f} dB\n"
                 f"outside {answer.psnr_outside:.1f} dB"
             )
             yield f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>'

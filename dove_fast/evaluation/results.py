@@ -62,7 +62,8 @@ class QualityRow:
 
     name: "VQGAN alone", "8 tokens", "adaptive". kind: `VQGAN_ALONE`, `FIXED` or `ADAPTIVE`. tokens: the mean an image;
     of the VQGAN alone its codes, N. psnr: in dB, of images in [0, 1]. lpips: None without a backbone's weights; rfid:
-    None without Inception weights.
+    None without Inception weights. gflop, token_bytes: from the image to the picture, and of the tokens (the codes) in
+    a token store, means an image (`dove_fast.evaluation.cost`); None in files of before they were counted.
     """
 
     name: str
@@ -72,6 +73,8 @@ class QualityRow:
     ssim: Spread
     lpips: Spread | None
     rfid: float | None
+    gflop: float | None = None
+    token_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Complexity:
 
 @dataclass(frozen=True)
 class CodebookUse:
-    """How a codebook is used. name: whose codes. codes: how many were looked up over all images.
+    """How a codebook is used. name: the row whose codes these are. codes: how many were looked up over all images.
 
     used: codewords that came at all, of `size`. perplexity: the exponential of the entropy of their shares.
     """
@@ -125,7 +128,7 @@ class CodebookUse:
 
 @dataclass(frozen=True)
 class RegionRow:
-    """Errors inside and outside the asked-for regions, means over the samples.
+    """Errors inside and outside the asked-for regions, means over the samples that have the side.
 
     name, kind: as in `QualityRow`. with_text: whether the generator read the text. tokens: the mean. psnr: in dB.
     """
@@ -177,7 +180,7 @@ class Measure:
 
     name: "PSNR", "SSIM", "LPIPS", "rFID", .. parameters: all that decides the number, in words. extractor: the network
     whose features it compares; sha256: of its weights' file; resize: how images reach its size. All three None where
-    it has none. left_out: why there is no number; None where there is one.
+    it has none. left_out: why there is no number; None where there is one. images: N, how many went into the number.
     """
 
     name: str
@@ -186,6 +189,7 @@ class Measure:
     sha256: str | None = None
     resize: str | None = None
     left_out: str | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,10 @@ class Context:
     """What was evaluated, on what, and how.
 
     checkpoint, data: the paths as they were given; fingerprint: `DOVE.fingerprint` before a cast to `dtype`. images:
-    how many were measured, N; set_aside: inputs that could not be read. transform: the name of the one from an image to
-    `image_size` pixels a side. seconds: of the whole evaluation. warnings: what a reader of the figures must know.
-    vqgan: the checkpoint whose VQGAN is the one that stands alone; None for the evaluated model's own.
+    how many were measured, N; set_aside: inputs that could not be read, those of probes too. transform: the name of the
+    one from an image to `image_size` pixels a side. seconds: of the whole evaluation; measuring_seconds: of the images'
+    measures alone. warnings: what a reader of the figures must know. vqgan: the checkpoint whose VQGAN is the one that
+    stands alone, and vqgan_fingerprint its `DOVE.fingerprint`; None for the evaluated model's own.
     """
 
     version: str
@@ -218,13 +223,16 @@ class Context:
     measures: tuple[Measure, ...]
     warnings: tuple[str, ...] = ()
     vqgan: str | None = None
+    vqgan_fingerprint: str | None = None
+    measuring_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """All that `evaluate` found. rows: the VQGAN alone, then fixed lengths from short to long, the adaptive one last.
 
-    codebooks: the VQGAN's codes and, where the model looks the token decoder's grid up in the codebook, those of it.
+    codebooks: the VQGAN's codes and, where the model looks the token decoder's grid up in the codebook, those of every
+    other row, under the row's name.
     grounding: None for data without texts or a model without a tokenizer. probes: empty where none was asked for.
     """
 

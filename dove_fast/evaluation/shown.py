@@ -10,20 +10,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dove_fast.data import (
-    DecodeError,
-    EncodedImage,
-    Loaded,
-    ShortSideCenterCrop,
-    Unusable,
-    decode_image,
-    load_image,
-    open_source,
-)
-from dove_fast.data.crop import Crop, crop_boxes, cut, region_mask
+from dove_fast.data import EncodedImage, Loaded, ShortSideCenterCrop, Unusable, load_image, open_source
 from dove_fast.data.samples import Sample, Samples
 from dove_fast.data.sources import Source
 from dove_fast.evaluation.complexity import laplacian_variance
+from dove_fast.evaluation.regions import centred_region
 from dove_fast.store.records import InputError
 
 __all__ = ["LOOKED_AT", "ShownImages", "ShownRegion", "choose_images", "choose_regions"]
@@ -116,6 +107,7 @@ def choose_regions(samples: Samples, size: int, count: int, *, readable: Callabl
 
     A sample is passed over where the centred square of `size` pixels cuts one of its boxes away, where its region is
     more than `LARGEST_SHARE` of the picture, where the picture cannot be read, or where `readable` refuses its text.
+    Raises `OSError` where the medium fails.
     """
     chosen: list[ShownRegion] = []
     seen: set[str] = set()
@@ -133,16 +125,7 @@ def choose_regions(samples: Samples, size: int, count: int, *, readable: Callabl
 
 
 def _region(sample: Sample, size: int) -> ShownRegion | None:
-    try:
-        image = decode_image(sample.picture.encoded()).image
-    except (DecodeError, OSError):
+    region = centred_region(sample, size)
+    if isinstance(region, str) or float(region.mask.float().mean()) > LARGEST_SHARE:
         return None
-    side = min(image.size)
-    crop = Crop((image.width - side) // 2, (image.height - side) // 2, side)
-    boxes = crop_boxes(sample.boxes, sample.frame, image.size, crop, size)
-    if boxes is None:
-        return None
-    mask = region_mask(boxes, size)
-    if float(mask.float().mean()) > LARGEST_SHARE:
-        return None
-    return ShownRegion(sample.picture.key, sample.text, cut(image, crop, size), tuple(boxes), mask)
+    return ShownRegion(sample.picture.key, sample.text, region.pixels, region.boxes, region.mask)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from dove_fast.evaluation.results import Context, Evaluation, Grounding, Measure, ProbeRow, Spread
+import numpy as np
+
+from dove_fast.evaluation.columns import COSTS, MEASURES, Column, measured
+from dove_fast.evaluation.results import Context, Evaluation, Grounding, Lengths, Measure, ProbeRow, QualityRow, Spread
+from dove_fast.jobs.info import length_histogram
 
 __all__ = ["markdown"]
 
@@ -12,12 +16,12 @@ __all__ = ["markdown"]
 NONE = "-"
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """Return an evaluation as a page of Markdown."""
-    return "\n".join(_lines(evaluation)) + "\n"
+def markdown(evaluation: Evaluation, plots: Sequence[str] = ()) -> str:
+    """Return an evaluation as a page of Markdown, which shows the plots of these names beside it."""
+    return "\n".join(_lines(evaluation, plots)) + "\n"
 
 
-def _lines(evaluation: Evaluation) -> Iterator[str]:
+def _lines(evaluation: Evaluation, plots: Sequence[str]) -> Iterator[str]:
     context = evaluation.context
     yield f"# Evaluation of {context.checkpoint}"
     yield ""
@@ -29,8 +33,12 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
     yield ""
     yield "Means over the images, in brackets the 5th and the 95th percentile. The VQGAN alone has codes, no tokens."
     for warning in context.warnings:
-        yield f"\n**{warning}.**"
+        yield f"\n**{warning[:1].upper()}{warning[1:]}.**"
+    for name in plots:
+        yield f"\n![{name.partition('.')[0]}]({name})"
     yield from _section("Lengths", _lengths(evaluation))
+    yield ""
+    yield from _histogram(evaluation.lengths)
     yield from _section("Codebook", _codebooks(evaluation))
     if evaluation.grounding is not None:
         yield from _section("Texts", _grounding(evaluation.grounding))
@@ -55,27 +63,29 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _quality(evaluation: Evaluation) -> Iterator[str]:
-    head = ("", "tokens", "PSNR, dB", "SSIM", "LPIPS, lower is better", "rFID, lower is better")
+    columns = [*MEASURES, *measured(COSTS, evaluation.rows)]
     return _table(
-        head,
-        (
-            (
-                row.name,
-                f"{row.tokens:.1f}",
-                _spread(row.psnr, 2),
-                _spread(row.ssim, 4),
-                _spread(row.lpips, 4),
-                NONE if row.rfid is None else f"{row.rfid:.2f}",
-            )
-            for row in evaluation.rows
-        ),
+        ("", "tokens", *(column.label for column in columns)),
+        ((row.name, f"{row.tokens:.1f}", *(_figure(column, row) for column in columns)) for row in evaluation.rows),
     )
 
 
-def _spread(values: Spread | None, digits: int) -> str:
-    if values is None:
-        return NONE
+def _figure(column: Column, row: QualityRow) -> str:
+    values, digits = column.value(row), column.digits
+    if not isinstance(values, Spread):
+        return column.text(row, NONE)
     return f"{values.mean:.{digits}f} ({values.p5:.{digits}f} to {values.p95:.{digits}f})"
+
+
+def _histogram(lengths: Lengths) -> Iterator[str]:
+    each = np.repeat(np.arange(1, lengths.num_tokens + 1), lengths.histogram)
+    return _table(
+        ("adaptive tokens", "images"),
+        (
+            (str(first) if first == last else f"{first} to {last}", f"{count:,}")
+            for first, last, count in length_histogram(each, lengths.num_tokens)
+        ),
+    )
 
 
 def _lengths(evaluation: Evaluation) -> Iterator[str]:
@@ -160,13 +170,16 @@ def _measures(measures: Sequence[Measure]) -> Iterator[str]:
             parts.append(f"by {measure.extractor}, weights' SHA-256 {measure.sha256}")
         if measure.resize is not None:
             parts.append(f"resize: {measure.resize}")
+        if measure.images is not None:
+            parts.append(f"N = {measure.images:,}")
         yield f"- {measure.name}: {'; '.join(parts)}"
 
 
 def _context(context: Context) -> Iterator[str]:
     yield f"- checkpoint: {context.checkpoint}, {context.fingerprint}"
     if context.vqgan is not None:
-        yield f"- VQGAN alone: of {context.vqgan}"
+        weights = f", {context.vqgan_fingerprint}" if context.vqgan_fingerprint is not None else ""
+        yield f"- VQGAN alone: of {context.vqgan}{weights}"
     yield f"- data: {context.data}, N = {context.images:,}, set aside {context.set_aside:,}"
     yield (
         f"- images: {context.transform}, {context.resample}, to {context.image_size} x {context.image_size}; EOS at "

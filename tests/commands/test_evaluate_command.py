@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_tables_plots_and_a_file_for_programs(evaluate, tmp_path, checkpoint, ph
     assert found.context.batch_size == 2
     for row in found.rows:
         assert f"{row.psnr.mean:.2f}" in out and f"{row.ssim.mean:.4f}" in out
-    assert "LPIPS: left out" in out and "rFID: left out" in out and "5 images in" in out
+    assert "LPIPS: left out" in out and "rFID: left out" in out and "5 images at " in out
+    assert all(f"{row.gflop:.2f}" in out for row in found.rows)
     # A random model's tokens may be better than its VQGAN, which is said.
     assert err == "".join(f"dove-fast: {line}\n" for line in found.context.warnings)
 
@@ -65,6 +67,52 @@ def test_inputs_set_aside(evaluate, photos, tmp_path):
     assert not (tmp_path / "out" / "quality.svg").exists()
     code, _, err = evaluate("--overwrite", "--max-errors", 1)
     assert code == 3 and "more than 1 inputs could not be read" in err
+
+
+def test_too_many_that_cannot_be_read_are_named(evaluate, photos, tmp_path):
+    add_bad(photos)
+    code, _, err = evaluate("--max-errors", 1)
+    assert code == 3 and "more than 1 inputs could not be read" in err and "errors.jsonl" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["errors.jsonl"]
+    assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 2
+    # The same command again.
+    assert evaluate("--no-plots")[0] == 1
+
+
+def test_plots_of_an_earlier_evaluation_go(evaluate, tmp_path):
+    assert evaluate()[0] == 0 and (tmp_path / "out" / "quality.svg").exists()
+    assert evaluate("--no-plots", "--overwrite")[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluation.md"}
+
+
+def test_an_output_that_cannot_be_made(checkpoint, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dove_fast.evaluation.quality.QualityMeter.add", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", str(checkpoint), str(photos), str(tmp_path / "file" / "out"), "--device", "cpu"]) == 2
+    assert "file" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), str(photos), str(checkpoint), "--device", "cpu", "--overwrite"]) == 2
+    assert "is a checkpoint; choose another output" in capsys.readouterr().err
+
+
+def test_without_an_output(checkpoint, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(checkpoint), str(photos), "--device", "cpu", "--lengths", "4", "--no-plots"]
+    assert main(words) == 0 and "evaluation: 5 images" in capsys.readouterr().out
+    assert read_evaluation(tmp_path / "evaluation").context.images == 5
+
+
+def test_a_bar_for_each_stage(evaluate, monkeypatch):
+    labels = []
+
+    @contextlib.contextmanager
+    def bar(label):
+        labels.append(label)
+        yield lambda state: labels.append(state.done)
+
+    monkeypatch.setattr("dove_fast.jobs.display.progress_bar", bar)
+    assert evaluate("--no-plots", "--probe", "digits", "--probe-images", 60)[0] == 0
+    names = [label for label in labels if isinstance(label, str)]
+    assert names == ["features of digits", "classifiers of digits", "images"] and labels[-1] == 5
 
 
 def test_an_output_that_holds_an_evaluation(evaluate, tmp_path):
@@ -99,4 +147,4 @@ def test_wrong_use(evaluate, tmp_path, arguments, message):
 def test_help(capsys):
     assert main(["evaluate", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "CHECKPOINT DATA OUT" in out and "exit codes:" in out and "evaluation.md" in out
+    assert "CHECKPOINT DATA [OUT]" in out and "exit codes:" in out and "evaluation.md" in out

@@ -88,6 +88,45 @@ def test_texts_and_their_regions(tmp_path, report, checkpoint):
     assert DOVE.from_pretrained(checkpoint).tokenizer is not None
 
 
+@pytest.mark.parametrize("named", ["pattern", "list", "pipe"])
+def test_texts_of_shards_however_they_are_named(tmp_path, report, named):
+    path = shards(tmp_path / "shards") / "r.tar"
+    (tmp_path / "list.txt").write_text(f"{path}\n")
+    data = {"pattern": path.with_name("*.tar"), "list": tmp_path / "list.txt", "pipe": f"pipe:cat {path}"}[named]
+    assert report("--images", 4, data=data)[0] == 0
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert text.count('with the region: a red cat"') == (0 if named == "pipe" else 3)
+    assert ("regions are read from shards that lie here, not from pipes and URLs" in text) == (named == "pipe")
+
+
+def test_an_eos_threshold(tmp_path, report, checkpoint):
+    write_evaluation(tmp_path / EVALUATION_NAME, evaluation_of(DOVE.from_pretrained(checkpoint).fingerprint()))
+    assert report("--images", 2)[0] == 0
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "above a probability of 0.5" in text and "figures of the whole data were measured with" not in text
+    assert report("--images", 2, "--eos-threshold", 0.25)[0] == 0
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "EOS above a probability of 0.5, the pictures are made with 0.25" in text
+    assert "<td>above a probability of 0.25</td>" in text and "11.5 to 31.8" in text
+    assert report("--eos-threshold", 2)[0] == 2
+
+
+def test_a_page_has_so_many_images_at_most(report):
+    code, _, err = report("--images", 65, model="nowhere")
+    assert code == 2 and "a page shows at most 64 images, got 65" in err
+
+
+def test_a_tokenizer_that_cannot_be_used_is_found_first(tmp_path, report, monkeypatch):
+    monkeypatch.setattr("dove_fast.evaluation.report.choose_images", lambda *_, **__: pytest.fail("the work has begun"))
+    data = shards(tmp_path / "shards")
+    (tmp_path / "bad.json").write_text("{}")
+    model = micro_model()
+    model.tokenizer = TextTokenizer(tmp_path / "bad.json")
+    model.save_pretrained(tmp_path / "model")
+    code, _, err = report(data=data, model=tmp_path / "model")
+    assert code == 2 and "no file of the tokenizers library" in err
+
+
 def evaluation_of(fingerprint: str) -> Evaluation:
     made = made_evaluation()
     return dataclasses.replace(made, context=dataclasses.replace(made.context, fingerprint=fingerprint))
@@ -108,6 +147,13 @@ def test_an_evaluation_beside_the_page_or_named(tmp_path, report, checkpoint):
     assert "13.5 to 33.8" not in text and "is of another checkpoint" in text
     code, _, err = report("--evaluation", tmp_path)
     assert code == 2 and "sha256:other" in err and fingerprint in err
+    # A file that is none does no harm where it merely lies there.
+    (tmp_path / EVALUATION_NAME).write_text("{}")
+    assert report()[0] == 0
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "beside this page is not shown, it cannot be read" in text and "not an evaluation" in text
+    code, _, err = report("--evaluation", tmp_path)
+    assert code == 2 and "not an evaluation" in err
 
 
 def test_what_cannot_be_read_is_named(tmp_path, report):
@@ -159,4 +205,5 @@ def test_refused_before_the_model_is_loaded(tmp_path, report):
 def test_help(capsys):
     assert main(["report", "--help"]) == 0
     out = capsys.readouterr().out
+    assert "at its end; there is no errors.jsonl" in out
     assert "OUT.html" in out and "examples:" in out and "exit codes:" in out

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lpips
 import pytest
 import torch
+from made_evaluations import made_evaluation
 from made_pictures import add_bad, make_pictures
 from made_shards import pictures, write_parquet, write_shards, write_tar
 from small_models import micro_model
 from small_tokenizer import write_tokenizer
 
+from dove_fast import CheckpointError
 from dove_fast.data import ShortSideCenterCrop, load_image
 from dove_fast.evaluation import EvaluateOptions, QualityMeter, evaluate
+from dove_fast.evaluation.context import warnings_of
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, VQGAN_ALONE, Measure, ProbeRow
 from dove_fast.failures import JobError
 from dove_fast.jobs import LoadedModel
@@ -91,7 +96,9 @@ def test_nothing_that_can_be_read(loaded, tmp_path):
 def test_the_first_images(loaded, photos, images):
     seen = []
     options = EvaluateOptions(images=images, lengths=(4,), batch_size=4)
-    found = evaluate(loaded, "m", photos, options, on_progress=seen.append).evaluation
+    found = evaluate(loaded, "m", photos, options, on_stage=lambda *state: seen.append(state)).evaluation
+    assert {stage for stage, _ in seen} == {"images"}
+    seen = [state for _, state in seen]
     assert found.context.images == min(images, 10) == sum(found.lengths.histogram)
     assert [state.done for state in seen] == [*range(4, min(images, 10), 4), min(images, 10)]
     assert {state.total for state in seen} == {min(images, 10)} and seen[-1].images == seen[-1].done
@@ -102,7 +109,7 @@ def test_measures_without_weights_are_left_out_and_named(loaded, photos):
     found = evaluate(loaded, "m", photos, EvaluateOptions(lengths=(4,))).evaluation
     assert all(row.lpips is None and row.rfid is None for row in found.rows)
     for name in ("LPIPS", "rFID"):
-        assert "weights" in measure_of(found, name).left_out
+        assert "weights" in measure_of(found, name).left_out and measure_of(found, name).images is None
     assert measure_of(found, "PSNR").left_out is None and "11 x 11" in measure_of(found, "SSIM").parameters
 
 
@@ -147,9 +154,16 @@ def test_a_vqgan_to_compare_with(loaded, photos, tmp_path):
     found = evaluate(loaded, "m", photos, EvaluateOptions(lengths=(4,), vqgan=str(tmp_path / "vqgan"))).evaluation
     assert found.context.vqgan == str(tmp_path / "vqgan") and own.context.vqgan is None
     assert found.rows[0] != own.rows[0] and found.rows[1:] == own.rows[1:]
-    for evaluation in (own, found):
-        better = any(row.psnr.mean > evaluation.rows[0].psnr.mean for row in evaluation.rows if row.kind == FIXED)
-        assert better == any("--vqgan" in line for line in evaluation.context.warnings)
+    assert found.context.vqgan_fingerprint == micro_model(seed=5).fingerprint()
+    assert own.context.vqgan_fingerprint is None
+
+
+@pytest.mark.parametrize(("margin", "own", "warned"), [(0.6, True, True), (0.4, True, False), (9.0, False, False)])
+def test_tokens_better_than_the_vqgan_alone(margin, own, warned):
+    alone, fixed = made_evaluation().rows[:2]
+    fixed = replace(fixed, psnr=replace(fixed.psnr, mean=alone.psnr.mean + margin))
+    found = warnings_of(9, None, [alone, fixed], own_vqgan=own)
+    assert any("--vqgan" in line for line in found) == warned
 
 
 @pytest.fixture
@@ -177,6 +191,68 @@ def test_texts_are_measured_where_there_are_any(loaded, reader, photos, tmp_path
     assert evaluate(loaded, "m", path, EvaluateOptions(lengths=(4,))).evaluation.grounding is None
 
 
+@pytest.mark.parametrize("named", ["pattern", "range", "list"])
+def test_texts_of_shards_however_they_are_named(reader, photos, tmp_path, named):
+    entry = {"width": 1, "height": 1, "text": "a red cat", "boxes": [[0.4, 0.4, 0.6, 0.6]]}
+    for number in range(2):
+        region_shard(tmp_path / f"s{number}.tar", photos, [entry] * (3 + number))
+    (tmp_path / "list.txt").write_text("s0.tar\ns1.tar\n")
+    data = tmp_path / {"pattern": "s*.tar", "range": "s{0..1}.tar", "list": "list.txt"}[named]
+    stages = []
+    found = evaluate(
+        reader, "m", data, EvaluateOptions(lengths=(4,), batch_size=4), on_stage=lambda *state: stages.append(state)
+    ).evaluation
+    assert found.grounding.samples == 7 and found.context.warnings == ()
+    texts = [(state.done, state.total) for stage, state in stages if stage == "texts"]
+    assert texts == [(4, 7), (7, 7)]
+    measure = measure_of(found, "grounding")
+    assert measure.images == 7 and measure_of(found, "PSNR").images == 7
+
+
+def test_texts_of_a_pipe(reader, photos, tmp_path):
+    path = region_shard(tmp_path / "s.tar", photos, [{"text": "a cat", "boxes": [[1, 1, 9, 9]]}] * 3)
+    found = evaluate(reader, "m", f"pipe:cat {path}", EvaluateOptions(lengths=(4,))).evaluation
+    assert found.grounding is None
+    assert any("not from pipes and URLs" in line for line in found.context.warnings)
+
+
+def test_texts_that_fail_leave_the_rest(reader, photos, tmp_path, monkeypatch):
+    entry = {"width": 1, "height": 1, "text": "a red cat", "boxes": [[0.4, 0.4, 0.6, 0.6]]}
+    path = region_shard(tmp_path / "s.tar", photos, [entry] * 3)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr("dove_fast.evaluation.grounding.GroundingMeter.add", fail)
+    found = evaluate(reader, "m", path, EvaluateOptions(lengths=(4,))).evaluation
+    assert found.grounding is None and len(found.rows) == 3 and found.context.images == 3
+    assert any("it failed after 0 of them: [Errno 5] the disk fails" in line for line in found.context.warnings)
+
+
+def test_a_tokenizer_that_cannot_be_used_is_found_first(reader, photos, tmp_path, monkeypatch):
+    path = region_shard(tmp_path / "s.tar", photos, [{"text": "a cat", "boxes": [[1, 1, 9, 9]]}])
+    (tmp_path / "bad.json").write_text("{}")
+    reader.model.tokenizer = TextTokenizer(tmp_path / "bad.json")
+    monkeypatch.setattr(QualityMeter, "add", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(CheckpointError, match="no file of the tokenizers library"):
+        evaluate(reader, "m", path, EvaluateOptions(lengths=(4,)))
+
+
+def test_one_image_has_no_rfid(loaded, photos, monkeypatch):
+    class Features:
+        dimension = 3
+        published = True
+
+        def __call__(self, images):
+            return images.float().mean(dim=(2, 3))
+
+    module = sys.modules["dove_fast.evaluation.evaluate"]
+    monkeypatch.setattr(module, "load_inception", lambda *_, **__: (Features(), Measure("rFID", "of a test")))
+    found = evaluate(loaded, "m", photos, EvaluateOptions(lengths=(4,), images=1)).evaluation
+    assert all(row.rfid is None for row in found.rows)
+    assert "needs two images" in measure_of(found, "rFID").left_out
+
+
 def test_texts_that_cannot_be_used_are_named(reader, photos, tmp_path):
     path = region_shard(tmp_path / "s.tar", photos, [{"text": "a cat"}] * 3)
     found = evaluate(reader, "m", path, EvaluateOptions(lengths=(4,))).evaluation
@@ -202,10 +278,13 @@ def test_probes(loaded, photos, tmp_path, monkeypatch):
     assert outcome.evaluation.probes == (made, made) and asked == [(data, 7, 0.4), ("digits", 7, 0.4)]
     assert any(measure.name == "linear probe" for measure in outcome.evaluation.context.measures)
     assert [error.key for error in outcome.errors] == ["broken.png"] * 2
-    assert outcome.evaluation.context.set_aside == 0
+    assert outcome.evaluation.context.set_aside == 2
+    # One budget for all.
+    with pytest.raises(JobError, match="more than 1 inputs could not be read"):
+        evaluate(loaded, "m", photos, replace(options, max_errors=1))
     with pytest.raises(FileNotFoundError, match="no labelled data set 'nowhere'"):
         evaluate(loaded, "m", photos, EvaluateOptions(probes=("nowhere",)))
-    assert len(asked) == 2, "refused before anything is computed"
+    assert len(asked) == 4, "refused before anything is computed"
 
 
 @pytest.mark.parametrize(

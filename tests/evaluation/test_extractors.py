@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import pytest
@@ -15,7 +16,8 @@ from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from dove_fast import CheckpointError
-from dove_fast.evaluation.extractors import load_inception, load_lpips
+from dove_fast.evaluation.extractors import InceptionFeatures, PerceptualDistance, load_inception, load_lpips
+from dove_fast.evaluation.results import Measure
 
 
 def sha256(path: Path) -> str:
@@ -90,6 +92,44 @@ def test_inception_gives_the_features_of_torch_fidelity_and_torchmetrics(incepti
     assert "299 x 299" in measure.resize and "without antialiasing" in measure.resize
 
 
+def test_the_measure_says_what_is_compared_and_whose_weights_they_are(inception, monkeypatch):
+    _, measure = load_inception(inception)
+    assert "the reference is the same images after the transform" in measure.parameters
+    assert "with the weights of inception.pth, which is not the published file" in measure.extractor
+    monkeypatch.setattr("dove_fast.evaluation.extractors.hash_file", lambda _: "6726825d" + "0" * 56)
+    network, measure = load_inception(inception)
+    assert network.published and "of the original FID" in measure.extractor
+
+
+def test_networks_compute_in_single_precision(monkeypatch):
+    """Whatever was set for convolutions holds again afterwards."""
+    cudnn = torch.backends.cudnn
+    seen = []
+
+    def look(*_):
+        seen.append((cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic))
+        return torch.zeros(1, 1)
+
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    before = (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    image = torch.zeros(1, 3, 4, 4)
+    PerceptualDistance(Fake(look), Measure("LPIPS", ""))(image, image)
+    InceptionFeatures(lambda pixels: [look(pixels)], Measure("rFID", ""))(image)
+    assert seen == [(False, *before[1:])] * 2
+    assert (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == before and before[0]
+
+
+class Fake:
+    """Stands for `losses.LPIPS`."""
+
+    def __init__(self, call):
+        self.lpips = SimpleNamespace(spatial=True)
+        self._call = call
+
+    def __call__(self, images, made):
+        return self._call(images, made)
+
+
 def test_a_download_is_left_to_the_library(monkeypatch, inception, tmp_path):
     asked = []
 
@@ -113,6 +153,9 @@ def test_files_that_are_no_inception(tmp_path, backbone):
         load_inception(tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is not torch-fidelity's Inception-v3"):
         load_inception(backbone)
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(CheckpointError, match=r"tensor\.pth must hold a state dict, got Tensor"):
+        load_inception(tmp_path / "tensor.pth")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(CheckpointError, match="is damaged, or no file of tensors alone"):
         load_inception(tmp_path / "text.pth")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from made_pictures import make_pictures
 from made_shards import pictures, write_tar
 from PIL import Image
-from small_models import NUM_TOKENS, micro_model, sample_images
+from small_models import NUM_TOKENS, micro_config, micro_model, sample_images
 from small_tokenizer import write_tokenizer
 
 from dove_fast.data import ShortSideCenterCrop, WebDataset
 from dove_fast.evaluation.grounding import GroundingMeter
 from dove_fast.evaluation.reading import region_batches
+from dove_fast.evaluation.shown import choose_regions
+from dove_fast.failures import JobError
 from dove_fast.text import TextTokenizer
 
 QUERIES = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8, 9])]
@@ -57,6 +61,50 @@ def test_errors_on_both_sides_by_a_loop():
     assert found.region_share == pytest.approx(mask.float().mean().item())
     assert (found.length_with_text, found.length_without) == (found.rows[-2].tokens, found.rows[-1].tokens)
     assert found.rows[0] != found.rows[1], "the text changes the tokens"
+
+
+def test_a_side_without_pixels_does_not_count():
+    model, (images, mask) = micro_model(), samples()
+    whole = mask.clone()
+    whole[3:] = True
+    meter, some = GroundingMeter(model, lengths=[4]), GroundingMeter(model, lengths=[4])
+    meter.add(images, QUERIES, whole)
+    some.add(images[:3], QUERIES[:3], mask[:3])
+    found, expected = meter.result(), some.result()
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        assert row.mse_outside == pytest.approx(other.mse_outside, rel=1e-4)
+        assert row.psnr_outside == pytest.approx(other.psnr_outside, rel=1e-4) and row.psnr_outside < 90
+        assert row.mse_inside != pytest.approx(other.mse_inside, rel=1e-3)
+    assert found.samples == 5
+
+
+def test_pictures_that_are_not_finite():
+    model, (images, mask) = micro_model(), samples()
+    model.vqgan.decoder.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(JobError, match="4 tokens: the pictures hold NaN or infinity"):
+        GroundingMeter(model, lengths=[4]).add(images, QUERIES, mask)
+
+
+def test_ids_beyond_the_embedding_are_set_aside(tmp_path, tokenizer):
+    data = shard(tmp_path, [{"text": "a red cat", "boxes": [[5, 0, 15, 20]]}])
+    config = micro_config()
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, vocab_size=3))
+    set_aside: Counter[str] = Counter()
+    assert not list(region_batches(data, tokenizer, config, 1, most=None, set_aside=set_aside))
+    assert set_aside == {"a text with ids that the generator has no embedding for": 1}
+
+
+def test_a_medium_that_fails_is_no_samples_fault(tmp_path, tokenizer, monkeypatch):
+    data = shard(tmp_path, [{"text": "a cat", "boxes": [[5, 0, 15, 20]]}])
+
+    def fail(_):
+        raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr("dove_fast.data.samples.Picture.encoded", fail)
+    with pytest.raises(OSError, match="the disk fails"):
+        list(region_batches(data, tokenizer, micro_config(), 1, most=None, set_aside=Counter()))
+    with pytest.raises(OSError, match="the disk fails"):
+        choose_regions(data, 16, 1, readable=lambda _: True)
 
 
 def test_a_meter_without_samples():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from dove_fast.evaluation.complexity import laplacian_variance
 from dove_fast.evaluation.measures import decibels, psnr, spread, ssim, unit_pixels
 
 
@@ -60,6 +61,17 @@ def test_ssim_is_that_of_torchmetrics_without_its_borders(size):
     )
     expected = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
     assert ssim(images, made).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_ssim_is_not_rounded_by_convolutions(monkeypatch):
+    """On a GPU a convolution may run in TF32; sums do not."""
+    images, made = pair()
+    with monkeypatch.context() as patch:
+        for name in ("conv2d", "conv1d"):
+            patch.setattr(torch.nn.functional, name, lambda *_, **__: pytest.fail("a convolution"))
+            patch.setattr(torch, name, lambda *_, **__: pytest.fail("a convolution"))
+        ssim(images, made)
+        laplacian_variance(images)
 
 
 def test_relations_of_ssim():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,10 @@ def test_principal_components_are_scikit_learns():
     theirs = decomposition.PCA(3).fit(states.flatten(0, 1).double().numpy())
     torch.testing.assert_close(found.mean, torch.from_numpy(theirs.mean_))
     torch.testing.assert_close(found.shares, torch.from_numpy(theirs.explained_variance_ratio_))
+    values = (states.flatten(0, 1).double() - found.mean) @ found.directions.T
+    low, high = np.quantile(values.numpy(), [0.01, 0.99], axis=0)
+    torch.testing.assert_close(found.low, torch.from_numpy(low))
+    torch.testing.assert_close(found.high, torch.from_numpy(high))
     for ours, other in zip(found.directions, torch.from_numpy(theirs.components_), strict=True):
         torch.testing.assert_close(ours, other * torch.sign(other @ ours))
         assert ours[ours.abs().argmax()] > 0
@@ -41,6 +46,8 @@ def test_features_that_do_not_vary_or_are_few():
     assert torch.isfinite(fitted.colours(torch.ones(1, 4, 5))).all()
     with pytest.raises(ValueError, match="at least two features are needed, got 1"):
         fit_principal(torch.ones(1, 1, 5))
+    with pytest.raises(ValueError, match="must have at least 3 dimensions, got 2"):
+        fit_principal(torch.ones(1, 4, 2))
 
 
 def test_pixels():
@@ -82,4 +89,7 @@ def test_boxes():
     assert (grey == 100).all()
     assert outline(grey, [(0, 0, 1, 1)])[:, 0, 0].tolist() == [*red]
     assert outline(grey, [(0, 0, 8, 8)], scale=2).shape == (3, 16, 16)
+    wide = torch.full((3, 12, 12), 100, dtype=torch.uint8)
+    across = [tuple(pixel) for pixel in outline(wide, [(1, 1, 11, 11)], width=2)[:, 6].T.tolist()]
+    assert across == [plain, red, red, white, white, plain, plain, white, white, red, red, plain]
     assert tuple(outline(grey, [(7, 7, 8, 8)], scale=2)[:, 15, 14].tolist()) == red

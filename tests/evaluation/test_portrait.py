@@ -9,6 +9,7 @@ from tolerances import assert_close
 
 from dove_fast.evaluation.portrait import answers, doubling_lengths, take_portrait
 from dove_fast.evaluation.shown import ShownRegion
+from dove_fast.failures import JobError
 
 IMAGES = (sample_images(5) * 255).round().to(torch.uint8)
 QUERIES = [torch.tensor([3, 9]), None, torch.tensor([1, 2, 30, 4]), None, torch.tensor([7])]
@@ -51,9 +52,11 @@ def test_against_tokenize_and_decode(queries, attends_padding):
         assert not above[: length - 1].any() and (above[length - 1] or length == 16)
 
 
+@pytest.mark.parametrize("quantize", ["none", "nearest"])
 @torch.no_grad()
-def test_the_vqgan_alone():
-    model, other = micro_model(), micro_model(seed=5)
+def test_the_vqgan_alone(quantize):
+    """It goes through the codebook, whatever becomes of the tokens."""
+    model, other = micro_model(quantize=quantize), micro_model(seed=5, quantize=quantize)
     portrait = take_portrait(model, IMAGES, lengths=[3])
     assert list(portrait.frames) == [3]
     grid, _ = model.vqgan.quantize(model.vqgan.encode(IMAGES.float() / 255))
@@ -65,8 +68,33 @@ def test_the_vqgan_alone():
     torch.testing.assert_close(changed.frames[3].pictures, portrait.frames[3].pictures)
 
 
+def test_an_eos_threshold():
+    model = micro_model()
+    images = (sample_images(24) * 255).round().to(torch.uint8)
+    portrait = take_portrait(model, images, lengths=[1], eos_threshold=0.48)
+    assert portrait.threshold == 0.48
+    expected = tuple(model.tokenize(images, engine="oracle", eos_threshold=0.48).host_lengths)
+    assert portrait.adaptive.lengths == expected != take_portrait(model, images, lengths=[1]).adaptive.lengths
+    model.tokenizer = Words()
+    regions = [ShownRegion(str(n), "3 9", image, (), torch.ones(1, 16, 16).bool()) for n, image in enumerate(images)]
+    found = answers(model, regions, with_text=False, eos_threshold=0.48)
+    assert tuple(answer.length for answer in found) == expected
+
+
+def test_pictures_that_are_not_finite():
+    model = micro_model()
+    model.vqgan.decoder.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(JobError, match="VQGAN alone: the pictures hold NaN or infinity"):
+        take_portrait(model, IMAGES)
+    mask = torch.ones(1, 16, 16, dtype=torch.bool)
+    with pytest.raises(JobError, match="tokens: the pictures hold NaN or infinity"):
+        answers(model, [ShownRegion("r", "", IMAGES[0], (), mask)], with_text=False)
+
+
 def test_refusals():
     model = micro_model()
+    with pytest.raises(ValueError, match="eos_threshold"):
+        take_portrait(model, IMAGES, eos_threshold=2.0)
     with pytest.raises(ValueError, match="from 1 to this model's 16, got 17"):
         take_portrait(model, IMAGES, lengths=[1, 17])
     with pytest.raises(ValueError, match="images"):

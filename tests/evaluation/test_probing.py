@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 
 import numpy as np
@@ -236,6 +237,26 @@ def test_nothing_is_left_behind(model, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="enough"):
         probe(model, labelled(), on_progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_stops_with_one_sentence(model, monkeypatch):
+    """A job's failure, and no wrong use: in the reading as in the fits."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("ProbeFeatures.add", "_accuracy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dove_fast.evaluation.probing.{name}", full)
+            with pytest.raises(JobError, match="No space left on device; run the same command again; TMPDIR names"):
+                probe(model, labelled(), images=20)
+
+
+def test_classifiers_are_counted(model):
+    seen = []
+    rows = probe(model, labelled(), images=20, on_fit=lambda *state: seen.append(state))
+    # The guess is not fitted.
+    assert seen == [(number, len(rows) - 1) for number in range(1, len(rows))]
 
 
 def stop(_):

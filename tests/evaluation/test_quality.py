@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from small_models import NUM_TOKENS, micro_model, sample_images
@@ -11,9 +9,11 @@ from tolerances import RELATIVE, relative_error
 
 from dove_fast import DOVE
 from dove_fast.evaluation.complexity import laplacian_variance, rank_correlation
+from dove_fast.evaluation.cost import codebook_flop, decoder_flop, encoder_flop, image_cost
 from dove_fast.evaluation.measures import psnr, spread, ssim
 from dove_fast.evaluation.quality import MOST_POINTS, QualityMeter
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, VQGAN_ALONE, Measure
+from dove_fast.evaluation.vqgan_alone import decode_codes, is_no_baseline
 from dove_fast.failures import JobError
 
 LENGTHS = (2, 9, NUM_TOKENS)
@@ -138,16 +138,73 @@ def test_points_are_bounded_and_spread_over_the_data(monkeypatch):
 @torch.no_grad()
 def test_codes_of_the_vqgan_and_of_the_tokens():
     model, pixels = micro_model(), images()
-    own, tokens = measured(model, pixels).codebooks()
+    own, *fixed, tokens = measured(model, pixels).codebooks()
+    assert [use.name for use in (own, *fixed, tokens)] == [
+        "VQGAN alone",
+        "2 tokens",
+        "9 tokens",
+        "16 tokens",
+        "adaptive",
+    ]
     codes = model.vqgan.quantize(model.vqgan.encode(pixels.float() / 255))[1]
     assert own.codes == codes.numel() and own.used == len(codes.unique()) and own.size == 32
     padded, lengths = model.tokenize(pixels, engine="oracle").to_padded(NUM_TOKENS)
     grid = model.grid(model.token_decoder(padded, None))
     codes = model.vqgan.quantize(grid)[1]
-    assert "token decoder" in tokens.name and tokens.used == len(codes.unique()) and lengths.max() <= NUM_TOKENS
+    assert tokens.used == len(codes.unique()) and lengths.max() <= NUM_TOKENS
     shares = codes.flatten().bincount()[codes.unique()] / codes.numel()
     assert tokens.perplexity == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-4)
+    for use, length in zip(fixed, LENGTHS, strict=True):
+        padded, lengths = model.tokenize(pixels, length=length, engine="oracle").to_padded(NUM_TOKENS)
+        grid_codes = model.vqgan.quantize(model.grid(model.token_decoder(padded, None)))[1]
+        assert (use.codes, use.used) == (grid_codes.numel(), len(grid_codes.unique()))
     assert len(measured(micro_model(quantize="none"), pixels).codebooks()) == 1
+
+
+def test_the_cost_of_each_row():
+    model, pixels = micro_model(), images()
+    config = model.config
+    alone, *fixed, adaptive = measured(model, pixels).rows()
+    assert alone.gflop == pytest.approx((encoder_flop(config) + codebook_flop(config) + decoder_flop(config)) / 1e9)
+    # 16 codes of two bytes; a token is 32 numbers in fp32.
+    assert alone.token_bytes == 32 and [row.token_bytes for row in fixed] == [128 * length for length in LENGTHS]
+    lengths = model.tokenize(pixels).host_lengths
+    costs = [image_cost(config, length) for length in lengths]
+    assert len(set(lengths)) > 1, "a mean of equal lengths says nothing"
+    assert adaptive.gflop == pytest.approx(sum(cost.tokenize + cost.decode for cost in costs) / 1e9 / len(costs))
+    assert adaptive.token_bytes == pytest.approx(128 * sum(lengths) / len(lengths))
+
+
+def test_the_token_decoder_runs_once_a_row(monkeypatch):
+    model, seen = micro_model(), []
+    decode = model.generation.decode
+    monkeypatch.setattr(
+        model.generation, "decode", lambda *given, **options: (seen.append(1), decode(*given, **options))[1]
+    )
+    measured(model, images(), 12)
+    assert len(seen) == len(LENGTHS) + 1
+
+
+def test_networks_get_so_many_images_as_the_model_takes(monkeypatch):
+    sizes = []
+
+    class Counting(Features):
+        def __call__(self, images):
+            sizes.append(len(images))
+            return super().__call__(images)
+
+    class CountingDistance(Distance):
+        def __call__(self, images, made):
+            sizes.append(len(images))
+            return super().__call__(images, made)
+
+    model, pixels = micro_model(), images()
+    expected = measured(model, pixels, 12, inception=Features(), lpips=Distance()).rows()
+    monkeypatch.setattr(DOVE, "chunks", lambda self, batch: [slice(at, at + 5) for at in range(0, batch, 5)])
+    found = measured(model, pixels, 12, inception=Counting(), lpips=CountingDistance()).rows()
+    assert max(sizes) == 5 and len(sizes) == 3 * (2 * len(found) + 1)
+    for a, b in zip(found, expected, strict=True):
+        assert a.rfid == pytest.approx(b.rfid, rel=1e-4, abs=1e-9) and a.lpips.mean == pytest.approx(b.lpips.mean)
 
 
 def test_the_vqgan_of_another_model():
@@ -184,11 +241,20 @@ def test_half_precision_is_measured_in_single():
     assert found[3].psnr.mean == pytest.approx(expected.item(), rel=RELATIVE[torch.bfloat16])
 
 
-def test_pictures_that_hold_nan():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("quantize", ["none", "nearest"])
+def test_features_that_are_not_finite(quantize, value):
+    model = micro_model(quantize=quantize)
+    model.out_proj.weight.data[:] = value
+    with pytest.raises(JobError, match=r"2 tokens: the features hold NaN or infinity in float32; .* another --dtype"):
+        measured(model, images())
+
+
+def test_pictures_that_are_not_finite():
     model = micro_model()
-    model.out_proj.weight.data[:] = float("nan")
-    model.config = dataclasses.replace(model.config, quantize="none")
-    with pytest.raises(JobError, match=r"2 tokens: the pictures hold NaN in float32; .* another --dtype"):
+    # Clamped to [0, 1] it would be white.
+    model.vqgan.decoder.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(JobError, match="VQGAN alone: the pictures hold NaN or infinity in float32"):
         measured(model, images())
 
 
@@ -199,9 +265,15 @@ def test_what_is_refused():
         QualityMeter(micro_model(), lengths=[4]).rows()
 
 
-def test_the_codes_decode_to_what_vqgan_forward_makes():
-    model, pixels = micro_model(), images()
-    meter = QualityMeter(model, lengths=[1])
-    _, codes = meter._tokens_and_codes(pixels)
+@pytest.mark.parametrize("quantize", ["none", "nearest"])
+def test_the_codes_decode_to_what_vqgan_forward_makes(quantize):
+    model, pixels = micro_model(quantize=quantize), images()
     with torch.no_grad():
-        assert relative_error(meter._of_codes(codes), alone(model, pixels)) < RELATIVE[torch.float32]
+        codes = model.vqgan.quantize.codes(model.encode(pixels))
+        assert relative_error(decode_codes(model, codes), alone(model, pixels)) < RELATIVE[torch.float32]
+
+
+def test_tokens_that_are_clearly_better_than_the_models_own_vqgan():
+    assert is_no_baseline(20.0, 20.6, own=True)
+    # Within the margin, or against a VQGAN that somebody named.
+    assert not is_no_baseline(20.0, 20.4, own=True) and not is_no_baseline(20.0, 30.0, own=False)

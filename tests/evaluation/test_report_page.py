@@ -172,6 +172,34 @@ def test_pictures_are_what_the_model_made(page, parsed):
     np.testing.assert_array_equal(shown["r.jpg without the text"], pixels(page.without_text[0].picture))
 
 
+def test_large_pictures_are_whole(page, tmp_path):
+    """Of a model of more than 128 pixels a side no detail is lost; heads of later sections are thumbnails."""
+    large = torch.rand(5, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    images = (sample_images(5, image_size=160) * 255).round().to(torch.uint8)
+
+    def enlarged(frame):
+        return dataclasses.replace(frame, pictures=large)
+
+    portrait = dataclasses.replace(
+        page.portrait,
+        frames={count: enlarged(frame) for count, frame in page.portrait.frames.items()},
+        adaptive=enlarged(page.portrait.adaptive),
+        vqgan=large,
+    )
+    shown = dataclasses.replace(page.shown, keys=tuple("abcde"), pixels=images)
+    regions = [dataclasses.replace(page.regions[0], key="r", pixels=images[0], boxes=((20, 40, 100, 80),))]
+    both = [[dataclasses.replace(side[0], picture=large[0])] for side in (page.with_text, page.without_text)]
+    write_report(tmp_path / "r.html", ReportPage("Large", [], shown, portrait, None, regions, *both))
+    pictures = Parsed((tmp_path / "r.html").read_text(encoding="utf-8")).all("img")
+    found = [(image["alt"], pixels_of(image)) for image in pictures]
+    made = dict(found)["a from 2 tokens"]
+    expected = (portrait.frames[2].pictures[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(made, expected)
+    assert dict(found)["r with the region: 3 9"].shape == dict(found)["r with the text"].shape == (160, 160, 3)
+    originals = [pixels.shape[0] for alt, pixels in found if alt == "original: a"]
+    assert originals[0] == 160 and set(originals[1:]) == {128}
+
+
 def test_captions_have_the_numbers(page, parsed):
     captions = parsed.texts("figcaption")
     portrait = page.portrait
@@ -202,16 +230,22 @@ def test_figures_of_the_evaluation(parsed):
     for part in (
         *("1,234 images of photos/<b>", "A & B", "Few images.", "20.00", "21.00", "22.00", "23.00", "13.5 to 33.8"),
         *("2.8 of 4 tokens", "5%: 1, 50%: 3, 95%: 4", "correlation of all: 0.72", "3.5 tokens with the text"),
-        *("pooled tokens", "left out: no backbone weights", "sha256 0123abcd", "30 of 32 used", "path/to/vqgan"),
+        *("pooled tokens", "left out: no backbone weights", "sha256 0123abcd", "path/to/vqgan, sha256:def"),
+        "N = 1,234",
     ):
         assert part in text, part
     cells = parsed.texts("td")
     assert {"29.03", "26.02", "1,400", "397"} <= set(cells)
+    # A row of quality: tokens, measures, the spread, what it costs, its codewords.
+    expected = ["2.0", "21.00", "0.8100", "0.2200", "11.5 to 31.8", "2.62", "256", "28 of 32", "22.8"]
+    start = cells.index("21.00") - 1
+    assert cells[start : start + len(expected)] == expected
+    # Of regions: without the text.
+    assert cells[(at := cells.index("28.24")) - 2 : at + 2] == ["without", "4.2", "28.24", "25.61"]
     heads = parsed.texts("th")
     # Nobody measured the rFID, so that it has no column.
-    assert "LPIPS" in heads and "rFID" in heads and "rFID" not in [
-        head for head, item in zip(heads, parsed.all("th"), strict=True) if item.get("scope") == "col"
-    ]  # fmt: skip
+    columns = [head for head, item in zip(heads, parsed.all("th"), strict=True) if item.get("scope") == "col"]
+    assert "LPIPS, lower is better" in columns and not any("rFID" in head for head in columns) and "rFID" in heads
     # Of five images, of three measures at two fixed lengths and the adaptive one, and of three points.
     assert len(parsed.all("circle")) == 5 + 3 * 3 + 3
     bars = [float(bar["height"]) for bar in parsed.all("rect")]

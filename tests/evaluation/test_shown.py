@@ -75,7 +75,8 @@ def regions(tmp_path, found: list[dict], count: int = 4, **options):
     for index, entry in enumerate(found):
         members += [(f"{index}.png", png(40, 20, index)), (f"{index}.json", json.dumps(entry).encode())]
     samples = WebDataset(write_tar(tmp_path / "r.tar", members))
-    return choose_regions(samples, 20, count, **{"readable": lambda text: True, **options})
+    size = options.pop("size", 20)
+    return choose_regions(samples, size, count, **{"readable": lambda text: True, **options})
 
 
 def test_regions_are_cut_as_the_image_is(tmp_path):
@@ -85,6 +86,9 @@ def test_regions_are_cut_as_the_image_is(tmp_path):
     assert int(region.mask.sum()) == 48 + 8 and region.mask[0, 2:10, 2:8].all()
     whole = np.asarray(Image.open(io.BytesIO(png(40, 20)))).transpose(2, 0, 1)
     assert (region.pixels.numpy() == whole[:, :, 10:30]).all()
+    (smaller,) = regions(tmp_path, [{"text": "a cat", "boxes": [[12, 2, 18, 10]]}], size=13)
+    transformed = ShortSideCenterCrop(13)(Image.open(io.BytesIO(png(40, 20))))
+    assert (smaller.pixels.numpy() == transformed).all()
 
 
 def test_regions_that_show_nothing_are_passed_over(tmp_path):
