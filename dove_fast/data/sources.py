@@ -23,6 +23,7 @@ __all__ = [
     "Unusable",
     "hash_keys",
     "leads_out",
+    "list_shards",
     "open_source",
     "stem",
 ]
@@ -184,7 +185,7 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions | None = 
     """
     options = options or SourceOptions()
     text = os.fspath(source)
-    shards = _shards(text)
+    shards = list_shards(text)
     if shards is None:
         _refuse("Parquet files", image_column=options.image_column, key_column=options.key_column)
         _refuse("WebDataset shards", prefix_keys=options.prefix_keys)
@@ -220,7 +221,7 @@ def _kind(text: str) -> str | None:
     return next((ending for ending in (TAR, PARQUET) if name.lower().endswith(ending)), None)
 
 
-def _shards(text: str) -> list[str] | None:
+def list_shards(text: str) -> list[str] | None:
     """Return the shards that a text stands for, None if it stands for images."""
     if os.path.isdir(text):
         shards = _in_folder(text)

@@ -10,10 +10,9 @@ import numpy as np
 from dove_fast.drawing import Axis, Chart, histogram
 from dove_fast.evaluation.columns import COSTS, MEASURES, Column, measured
 from dove_fast.evaluation.complexity import LEAST_COMPLEXITY
-from dove_fast.evaluation.lengths import count_tokens
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, VQGAN_ALONE, Evaluation, QualityRow, RegionRow
 from dove_fast.html import table
-from dove_fast.jobs.info import length_histogram
+from dove_fast.jobs.info import count_tokens, length_histogram
 
 __all__ = ["figure_sections", "grid"]
 

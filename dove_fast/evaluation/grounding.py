@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dove_fast.evaluation.lengths import check_lengths, count_tokens, eos_prefixes, prefixes
+from dove_fast.evaluation.lengths import check_lengths, eos_prefixes, prefixes
 from dove_fast.evaluation.measures import check_finite, decibels, unit_pixels
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, Grounding, RegionRow
+from dove_fast.jobs.info import count_tokens
 from dove_fast.losses.region import region_mse
 from dove_fast.models.dove import DOVE
 

@@ -21,7 +21,6 @@ from dove_fast.ragged import RaggedTokens
 __all__ = [
     "EIGHTHS",
     "check_lengths",
-    "count_tokens",
     "default_lengths",
     "eos_prefixes",
     "prefixes",
@@ -30,11 +29,6 @@ __all__ = [
 
 EIGHTHS = 8
 PERCENTILES = (5, 25, 50, 75, 95)
-
-
-def count_tokens(tokens: int) -> str:
-    """Put a token count into words: 1 token, 8 tokens."""
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
 
 
 def default_lengths(num_tokens: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from dove_fast.evaluation.complexity import laplacian_variance, rank_correlation
 from dove_fast.evaluation.cost import code_bytes, image_cost, vqgan_flop
 from dove_fast.evaluation.extractors import InceptionFeatures, PerceptualDistance
 from dove_fast.evaluation.frechet import Moments, frechet_distances
-from dove_fast.evaluation.lengths import check_lengths, count_tokens, eos_prefixes, prefixes, summarize_lengths
+from dove_fast.evaluation.lengths import check_lengths, eos_prefixes, prefixes, summarize_lengths
 from dove_fast.evaluation.measures import check_finite, psnr, spread, ssim, unit_pixels
 from dove_fast.evaluation.results import (
     ADAPTIVE,
@@ -31,6 +31,7 @@ from dove_fast.evaluation.results import (
 )
 from dove_fast.evaluation.vqgan_alone import decode_codes
 from dove_fast.generation import TokenStream
+from dove_fast.jobs.info import count_tokens
 from dove_fast.models.dove import DOVE
 from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import TOKEN_DTYPES

@@ -14,7 +14,7 @@ from dove_fast.data import DecodeError, Sample, Samples, ShortSideCenterCrop, So
 from dove_fast.data.crop import Crop, crop_boxes, region_mask
 
 # What a text names, by the rules of `open_source`, which the package has no public list of.
-from dove_fast.data.sources import PIPE, _shards
+from dove_fast.data.sources import PIPE, list_shards
 from dove_fast.data.urls import URL
 from dove_fast.models.inputs import check_queries
 from dove_fast.text import TextTokenizer
@@ -34,7 +34,7 @@ def open_regions(data: str | os.PathLike[str]) -> Samples | str:
 
     Reads the shards' headers. Raises `OSError` where the medium fails.
     """
-    shards = _shards(os.fspath(data)) or []
+    shards = list_shards(os.fspath(data)) or []
     if any(shard.startswith(PIPE) or URL.match(shard) for shard in shards):
         return FROM_STREAMS
     try:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dove_fast.drawing import Axis, Chart
 from dove_fast.evaluation.figure_sections import figure_sections
-from dove_fast.evaluation.lengths import count_tokens
 from dove_fast.evaluation.pictures import fit_principal, heat_picture, outline, to_pixels
 from dove_fast.evaluation.portrait import Answer, Portrait
 from dove_fast.evaluation.report_style import REPORT_STYLE
@@ -21,6 +20,7 @@ from dove_fast.evaluation.results import Evaluation
 from dove_fast.evaluation.shown import ShownImages, ShownRegion
 from dove_fast.evaluation.vqgan_alone import NO_BASELINE, is_no_baseline
 from dove_fast.html import THUMBNAIL, begin_page, end_page, png, table, write_page
+from dove_fast.jobs.info import count_tokens
 
 __all__ = ["ReportPage", "write_report"]
 

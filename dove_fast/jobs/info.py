@@ -21,6 +21,7 @@ from dove_fast.store.reader import TokenStore
 __all__ = [
     "CheckpointSummary",
     "StoreSummary",
+    "count_tokens",
     "describe_default_backend",
     "is_checkpoint",
     "is_store",
@@ -130,3 +131,8 @@ def describe_default_backend() -> str:
     if lacking:
         return f"{name} ({origin}), which cannot run {', '.join(lacking)} here"
     return f"{name} ({origin})"
+
+
+def count_tokens(tokens: int) -> str:
+    """Put a token count into words: 1 token, 8 tokens."""
+    return "1 token" if tokens == 1 else f"{tokens} tokens"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dove_fast.drawing import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, begin_drawing, histogram
 from dove_fast.html import begin_page, end_page, png, table, write_page
-from dove_fast.jobs.info import length_histogram
+from dove_fast.jobs.info import count_tokens, length_histogram
 from dove_fast.store.layout import flat_settings
 from dove_fast.store.reader import TokenStore
 from dove_fast.store.records import InputError, read_errors
@@ -224,7 +224,7 @@ def _images(title: str, extremes: Sequence[Extreme]) -> Iterator[str]:
     yield f'<h2>{title}</h2>\n<div class="images">'
     for extreme in extremes:
         key = escape(extreme.key)
-        tokens = "1 token" if extreme.length == 1 else f"{extreme.length} tokens"
+        tokens = count_tokens(extreme.length)
         yield (
             f'<figure><img src="{png(extreme.pixels)}" alt="{key}"><figcaption>{key}<br>{tokens}</figcaption></figure>'
         )
