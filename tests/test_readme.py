@@ -23,6 +23,7 @@ def test_python_blocks(tmp_path):
     save(make_vq(0, **SMALL_VQ), tmp_path / "vq")
     save(make_neox(1, **PYTHIA_14M), tmp_path / "neox")
     for written, run in {
+        "examples/photos/chelsea.jpg": str(photos / "chelsea.jpg"),
         "DOVEConfig.base()": "DOVEConfig.tiny()",
         "path/to/VQModel": str(tmp_path / "vq"),
         "path/to/GPTNeoX": str(tmp_path / "neox"),

@@ -90,6 +90,24 @@ def test_the_performance_page_has_every_figure():
             assert any(row.startswith(start) and row.endswith(end) for row in rows), case["name"]
 
 
+def test_the_arithmetic_page_says_what_was_measured():
+    """docs/OFFLINE.md reckons with what `bench_stages` measured of decoding and reading."""
+    found = {}
+    for path in RESULTS:
+        for case in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+            if case["name"].startswith("bench_stages["):
+                found[case["name"]] = case["extra_info"]
+    small, reduced, large, both = (
+        found[f"bench_stages[{case}]"]["stage_ms"]["decode"]
+        for case in ("256-False", "256-True", "512-False", "512-True")
+    )
+    sizes = [found[f"bench_stages[{case}]"]["jpeg_bytes"] / 1e3 for case in ("256-False", "512-False")]
+    text = (DOCS / "OFFLINE.md").read_text(encoding="utf-8")
+    assert f"{small:.2g} ms of one core at 256x256, {large:.2g} ms at 512x512; " in text
+    assert f"`--reduced` {reduced:.2g} and {both:.2g} ms" in text
+    assert f"{sizes[0]:.0f} kB (256x256) to {sizes[1]:.0f} kB (512x512) of JPEG" in text
+
+
 def test_rates():
     info = {"seconds": 0.0123, "rival_seconds": 2.5, "images_per_second": 81.234}
     assert performance_page.rate(info, "") == "12.3 ms"

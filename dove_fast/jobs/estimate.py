@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from dove_fast.store.layout import TOKEN_DTYPES
 
 __all__ = ["Estimate", "estimate"]
 
-# Batches that are done: the first one warms up, the others are timed.
+# Batches that are done: the first one warms up, the others are timed together, from the first image to the last token.
 BATCHES = 3
 # A record beside its tokens: its key twice, its source, and its numbers, before compression.
 RECORD_BYTES = 150
@@ -90,24 +90,29 @@ def estimate(
             else:
                 yield torch.from_numpy(image.pixels), torch.tensor(query_ids.get(item.key, ()), dtype=torch.int64)
 
-    lengths = []
-    times = [time.perf_counter()]
-    stream = TokenStream(
-        loaded.model,
-        images(),
-        batch_size=options.batch_size,
-        length=options.length,
-        max_length=options.max_length,
-        eos_threshold=options.eos_threshold,
-        codes=options.codes,
-    )
-    for item in stream:
-        lengths.append(item.tokens.shape[0])
-        times.append(time.perf_counter())
+    def lengths_of(some: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
+        stream = TokenStream(
+            loaded.model,
+            some,
+            batch_size=options.batch_size,
+            length=options.length,
+            max_length=options.max_length,
+            eos_threshold=options.eos_threshold,
+            codes=options.codes,
+        )
+        return [item.tokens.shape[0] for item in stream]
+
+    # Streams of their own: one hands tokens over in input order, many at once, so no moment within it says how fast.
+    waiting = images()
+    start = time.perf_counter()
+    lengths = lengths_of(itertools.islice(waiting, options.batch_size))
+    timed, took = len(lengths), time.perf_counter() - start
+    start = time.perf_counter()
+    others = lengths_of(waiting)
+    if others:
+        timed, took = len(others), time.perf_counter() - start
+    lengths += others
     tried = len(lengths)
-    # From the end of the first batch on, where there was more than one.
-    first = min(options.batch_size, tried - 1) if tried > options.batch_size else 0
-    took = times[-1] - times[first]
     mean = sum(lengths) / tried if tried else None
     return Estimate(
         inputs=opened.inputs,
@@ -115,7 +120,7 @@ def estimate(
         units_done=opened.units - len(writer.missing),
         tried=tried,
         failed=failed,
-        images_per_second=(tried - first) / took if tried else None,
+        images_per_second=timed / took if tried else None,
         mean_tokens=mean,
         bytes_per_image=None if mean is None else _bytes(mean, loaded, writer.settings.dtype, options.codes),
     )

@@ -12,7 +12,7 @@ from dove_fast.errors import StoreError
 from dove_fast.jobs.loading import LoadedModel
 from dove_fast.jobs.progress import OnProgress
 from dove_fast.jobs.queries import Ids
-from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, tokenize
+from dove_fast.jobs.tokenize import TokenizeOptions, TokenizeReport, located, tokenize
 from dove_fast.store.layout import read_manifest
 
 __all__ = ["options_of", "repair", "source_of"]
@@ -38,8 +38,13 @@ def options_of(manifest: Mapping[str, Any]) -> TokenizeOptions:
 
 
 def source_of(manifest: Mapping[str, Any]) -> str:
-    """Return where a store's images came from in its last run."""
-    return str(manifest["environments"][-1]["source"])
+    """Return where a store's images came from in its last run: as it was given, where that is the same place from here.
+
+    Records have the paths as they were given.
+    """
+    environment = manifest["environments"][-1]
+    place, given = str(environment["source"]), str(environment.get("source_as_given", ""))
+    return given if given and located(given) == place else place
 
 
 def repair(

@@ -25,6 +25,7 @@ __all__ = ["Curve", "Extreme", "Extremes", "ReportData", "RunFigures", "store_re
 
 # Errors that are named; of the others there is a number.
 MAX_ERRORS = 100
+WAITING = "waiting for images"
 NO_PICTURES = "The longest and the shortest images are not shown: the process that wrote this page did not see them."
 
 
@@ -199,7 +200,7 @@ def _run(run: RunFigures) -> Iterator[tuple[str, str]]:
     if run.computed and run.seconds > 0:
         yield "images/s", f"{run.computed / run.seconds:.1f}"
     for stage, share in run.shares.items():
-        yield f"{stage} busy", f"{share:.1%}"
+        yield WAITING if stage == "wait" else f"{stage} busy", f"{share:.1%}"
     yield "device", run.device
 
 

@@ -325,11 +325,12 @@ def _environment(source: str | os.PathLike[str], loaded: LoadedModel, options: T
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "batch_size": options.batch_size,
-        "source": _located(os.fspath(source)),
+        "source": located(os.fspath(source)),
+        "source_as_given": os.fspath(source),
     }
 
 
-def _located(source: str) -> str:
+def located(source: str) -> str:
     """Return a source such that it is found from any folder."""
     return source if "://" in source or source.startswith("pipe:") else os.path.abspath(source)
 

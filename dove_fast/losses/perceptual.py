@@ -108,7 +108,7 @@ def _build(net: str, *, pretrained: bool) -> nn.Module:
         # A torchvision built for another torch raises RuntimeError.
         raise ImportError(
             f"LPIPS needs lpips and a torchvision that goes with torch {torch.__version__}, which cannot be imported "
-            f"({error}); pip install 'dove-fast[train]'"
+            f"({error}); pip install 'dove-fast[train]', and torchvision from the index that torch came from"
         ) from error
     with warnings.catch_warnings():
         # lpips calls torchvision with arguments that have other names now.

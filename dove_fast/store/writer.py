@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
@@ -107,6 +108,8 @@ class StoreWriter:
                     f"{new['fingerprint'][:15]}..); choose another output, or the checkpoint that it was made with"
                 )
             more = len(differences) - MAX_SETTINGS_NAMED
+            # By the names of the options.
+            differences = [re.sub("^dtype:", "token dtype:", item) for item in differences]
             shown = "; ".join(differences[:MAX_SETTINGS_NAMED]) + (f"; and {more} more" if more > 0 else "")
             raise StoreError(f"{self.directory} was made with other settings ({shown}); choose another output")
         self._environments = manifest["environments"]

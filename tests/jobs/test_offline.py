@@ -333,6 +333,19 @@ def test_repair_reads_what_the_store_was_made_from(tmp_path, photos, loaded, pat
     assert contents(tmp_path / "s") == before
 
 
+def test_repair_names_sources_as_they_were_given(tmp_path, photos, loaded, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenize(photos.name, "s", loaded, OPTIONS)
+    before = contents(tmp_path / "s")
+    assert repair("s", [1], loaded).computed == 4
+    assert contents(tmp_path / "s") == before
+    # From elsewhere the same images, by their whole paths.
+    monkeypatch.chdir("/")
+    assert repair(tmp_path / "s", [1], loaded).computed == 4
+    tokens = {name: data for name, data in contents(tmp_path / "s").items() if name.startswith("tokens/")}
+    assert tokens.items() <= before.items()
+
+
 def test_a_folder_whose_name_is_no_text(tmp_path, photos, loaded):
     odd = os.fsdecode(bytes(tmp_path) + b"/p\xff")
     os.rename(photos, odd)
