@@ -61,7 +61,7 @@ def slide(page, length: int) -> str:
     return page.get_attribute("#made", "src")
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), pytest.param(400, True, marks=pytest.mark.slow)])
 def test_a_photograph_with_the_shipped_model(tiny, serve, width, dark):
     gallery = Gallery(tiny)
     reading = gallery.read(PHOTO.read_bytes())
@@ -124,6 +124,7 @@ def test_the_threshold_moves_the_end(model, serve):
         assert len(ends) > 1, "the thresholds must give different ends for this test to say anything"
 
 
+@pytest.mark.slow
 def test_the_models_threshold_holds_until_it_is_moved(model, serve):
     """It need not be one of the slider's steps, nor within its range."""
     eos = Gallery(model).read(PHOTO.read_bytes()).eos

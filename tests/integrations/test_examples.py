@@ -80,6 +80,7 @@ def test_autoencoder(tmp_path, capsys):
     assert found["psnr"].min() > 10 and found["psnr"].max() < 40
 
 
+@pytest.mark.slow
 def test_portable_models(tmp_path):
     errors = script("portable_models").main(tmp_path)
     assert set(errors) == {path.name for path in tmp_path.iterdir()}

@@ -23,6 +23,9 @@ from dove_fast.config import VQGANConfig
 from dove_fast.integrations import portable
 from dove_fast.integrations.portable import METADATA_KEY, export_encoder, export_token_decoder
 
+# Exporting takes its time; docs/howto/integrations.md exports both parts in the default suite.
+pytestmark = pytest.mark.slow
+
 FORMATS = ("onnx", "pt2")
 BATCHES = ((5, None), (1, None), (2, 16), (3, 1))
 

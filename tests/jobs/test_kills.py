@@ -60,7 +60,6 @@ def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("kills", "workers"),
     [
-        (20, "2"),
         (12, "0,1,2"),
         *(pytest.param(60, workers, marks=pytest.mark.slow) for workers in ("0", "2", "0,1,2")),
     ],
