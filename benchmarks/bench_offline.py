@@ -10,15 +10,15 @@ are compared before anything is timed.
 
 The script decodes a batch with Pillow, calls `DOVE.tokenize`, and saves each image's tokens with `numpy.save`: no
 records, no checks, no resuming. Decoders are compared by decoding alone. Memory is the peak of a process of its own.
+All sides run in processes that keep freed memory, as the command does; the script also as it comes.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
-import resource
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,18 +27,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from offline_sides import SHARD, bare, job, script, shipped
 from PIL import Image
+from processes import Remote
 
 from dove_fast import TokenStore
-from dove_fast.data import ShortSideCenterCrop, decode_image, list_inputs
-from dove_fast.generation import LengthHistogram, TokenStream
-from dove_fast.jobs import LoadedModel, TokenizeOptions, load_model, tokenize
-from dove_fast.jobs.progress import Progress
+from dove_fast.jobs import TokenizeOptions, tokenize
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 SIDE, QUALITY = 256, 90
-# Images, and how many of them are a unit: the command's default. Enough that the start of the processes does not count.
-IMAGES, SHARD = 4096, 1024
+# Enough that the start of the processes does not count.
+IMAGES = 4096
 # Of the job that is taken apart, in one process: each stage alone has the cores then.
 STAGE_IMAGES = 512
 BATCH = 32
@@ -76,128 +75,77 @@ def pictures(request, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def loaded(device) -> LoadedModel:
-    """The shipped model, in bf16 on a GPU."""
-    return load_model(device=device, dtype="bfloat16" if device.type == "cuda" else None)
-
-
-def decoded(folder: Path) -> list[torch.Tensor]:
-    """Return the pictures as the model takes them."""
-    transform = ShortSideCenterCrop(64)
-    return [torch.from_numpy(transform(decode_image(item.path).image)) for item in list_inputs(folder)]
-
-
-def bare(model, images: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
-    """Tokenize images in memory, unit by unit as the job does."""
-    tokens = []
-    for first in range(0, len(images), SHARD):
-        stream = TokenStream(
-            model,
-            images[first : first + SHARD],
-            batch_size=batch_size,
-            histogram=LengthHistogram(model.config.num_tokens),
-        )
-        tokens += [item.tokens for item in stream]
-    return tokens
-
-
-def job(source: Path, store: Path, loaded: LoadedModel, options: TokenizeOptions) -> None:
-    """Run the job from nothing."""
-    shutil.rmtree(store, ignore_errors=True)
-    tokenize(source, store, loaded, options)
-
-
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "reduced"])
-def bench_job(compare, loaded, pictures, tmp_path, batch, request, kind) -> None:
+def bench_job(compare, device, pictures, tmp_path, batch, kind) -> None:
     """The job against the bare stream: how much of its rate is left."""
     source = pictures
     if kind == "webdataset":
         source = tmp_path / "shards"
         write_shards(source, pictures, SHARD)
-    images = decoded(pictures)
-    size = max(batch, BATCH)
-    options = TokenizeOptions(batch_size=size, shard_size=SHARD, reduced=kind == "reduced")
-    job(source, tmp_path / "store", loaded, options)
-    store = TokenStore(tmp_path / "store")
-    if kind != "reduced":
-        for record, tokens in zip(store, bare(loaded.model, images, size), strict=True):
-            assert torch.equal(record.tokens, tokens.cpu())
-    compare(
-        lambda: job(source, tmp_path / "store", loaded, options),
-        lambda: bare(loaded.model, images, size),
-        rival_name="bare stream",
-        images=len(images),
-        memory=False,
-        batch_size=size,
-        mean_tokens=float(store.lengths.mean()),
-    )
+    size, where = max(batch, BATCH), str(device)
+    with (
+        Remote(functools.partial(job, reduced=kind == "reduced"), source, tmp_path / "store", where, size) as ours,
+        Remote(bare, pictures, where, size) as theirs,
+    ):
+        ours()
+        theirs()
+        store = TokenStore(tmp_path / "store")
+        if kind != "reduced":
+            for record, tokens in zip(store, theirs.report(), strict=True):
+                assert torch.equal(record.tokens.float(), torch.from_numpy(tokens))
+        compare(
+            ours,
+            theirs,
+            rival_name="bare stream",
+            images=len(store),
+            memory=False,
+            batch_size=size,
+            mean_tokens=float(store.lengths.mean()),
+        )
 
 
-def bench_script(compare, loaded, pictures, tmp_path, batch) -> None:
-    """The job against the script that one would write."""
-    size = max(batch, BATCH)
-    model = loaded.model
-    transform = ShortSideCenterCrop(model.config.image_size)
-    files = sorted(pictures.iterdir())
-    options = TokenizeOptions(batch_size=size, shard_size=SHARD)
-
-    def script() -> None:
-        output = tmp_path / "script"
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
-        for first in range(0, len(files), size):
-            some = files[first : first + size]
-            batch = torch.from_numpy(np.stack([transform(Image.open(file).convert("RGB")) for file in some]))
-            for file, tokens in zip(some, model.tokenize(batch.to(model.device)), strict=True):
-                np.save(output / f"{file.stem}.npy", tokens.float().cpu().numpy())
-
-    script()
-    job(pictures, tmp_path / "store", loaded, options)
-    for record in TokenStore(tmp_path / "store"):
-        theirs = torch.from_numpy(np.load(tmp_path / "script" / f"{Path(record.key).stem}.npy"))
-        # One whose EOS is within rounding of the threshold may have another length.
-        if theirs.shape == record.tokens.shape:
-            torch.testing.assert_close(record.tokens.float(), theirs, rtol=1e-3, atol=1e-3)
-    compare(
-        lambda: job(pictures, tmp_path / "store", loaded, options),
-        script,
-        rival_name="obvious script",
-        images=len(files),
-        memory=False,
-        batch_size=size,
-    )
+@pytest.mark.parametrize("keep", [False, True], ids=["as-it-comes", "keeps-memory"])
+def bench_script(compare, device, pictures, tmp_path, batch, keep) -> None:
+    """The job against the script that one would write, as it comes and with freed memory kept."""
+    size, where = max(batch, BATCH), str(device)
+    with (
+        Remote(job, pictures, tmp_path / "store", where, size) as ours,
+        Remote(functools.partial(script, keep=keep), pictures, tmp_path / "script", where, size) as theirs,
+    ):
+        ours()
+        theirs()
+        store = TokenStore(tmp_path / "store")
+        for record in store:
+            expected = torch.from_numpy(np.load(tmp_path / "script" / f"{Path(record.key).stem}.npy"))
+            # One whose EOS is within rounding of the threshold may have another length.
+            if expected.shape == record.tokens.shape:
+                torch.testing.assert_close(record.tokens.float(), expected, rtol=1e-3, atol=1e-3)
+        compare(ours, theirs, rival_name="obvious script", images=len(store), memory=False, batch_size=size)
 
 
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("pixels", [SIDE, 2 * SIDE])
-def bench_stages(benchmark, loaded, tmp_path, batch, request, pixels, reduced) -> None:
+def bench_stages(benchmark, device, tmp_path, batch, request, pixels, reduced) -> None:
     """What each stage takes of an image, and how many bytes go in and out: what docs/OFFLINE.md reckons with."""
     count = 64 if request.config.getoption("--quick") else STAGE_IMAGES
     pictures = tmp_path / "pictures"
     write_pictures(pictures, count, pixels)
-    options = TokenizeOptions(batch_size=max(batch, BATCH), shard_size=SHARD, reduced=reduced, workers=0)
-    job(pictures, tmp_path / "store", loaded, options)
-    last: list[Progress] = []
-    seconds = []
-
-    def measure() -> None:
-        shutil.rmtree(tmp_path / "store")
-        report = tokenize(pictures, tmp_path / "store", loaded, options, on_progress=last.append)
-        seconds.append(report.seconds)
-
-    benchmark.pedantic(measure, rounds=1)
-    stages = {stage: 1e3 * taken / count for stage, taken in last[-1].stage_seconds.items()}
+    size = max(batch, BATCH)
+    alone = functools.partial(job, reduced=reduced, workers=0)
+    with Remote(alone, pictures, tmp_path / "store", str(device), size) as measured:
+        measured()
+        benchmark.pedantic(measured, rounds=1)
+        seconds, stages = measured.report()
     # In one process the stages follow each other, so that they come to the whole.
-    assert 0.9 * seconds[0] < sum(last[-1].stage_seconds.values()) <= seconds[0]
+    assert 0.9 * seconds < sum(stages.values()) <= seconds
     tokens = TokenStore(tmp_path / "store")
     benchmark.extra_info.update(
-        stage_ms=stages,
+        stage_ms={stage: 1e3 * taken / count for stage, taken in stages.items()},
         images=count,
         mean_tokens=float(tokens.lengths.mean()),
         jpeg_bytes=sum(file.stat().st_size for file in pictures.iterdir()) / count,
         store_bytes=sum(file.stat().st_size for file in (tmp_path / "store").rglob("*") if file.is_file()) / count,
-        batch_size=options.batch_size,
+        batch_size=size,
     )
     print(f"{pixels} pixels{', reduced' if reduced else ''}, ms an image:", {k: round(v, 3) for k, v in stages.items()})
 
@@ -265,9 +213,11 @@ def bench_memory(benchmark, pictures, tmp_path) -> None:
 
 
 def main(source: str, output: str) -> None:
-    """Run one job, and print its process's peak memory in bytes."""
-    tokenize(source, output, load_model(), TokenizeOptions(prefix_keys=True))
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    """Run one job as the command does, and print its process's peak memory in bytes."""
+    tokenize(source, output, shipped("cpu"), TokenizeOptions(prefix_keys=True))
+    # Not getrusage's, which begins with that of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    print(json.dumps(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))))
 
 
 if __name__ == "__main__":

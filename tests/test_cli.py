@@ -114,7 +114,7 @@ def test_exit_0_1_and_again(tmp_path, photos, dove_fast):
         assert code == 1
         assert "10 images" in out
         assert "2 set aside" in out
-        assert err.startswith(f"dove-fast: 2 inputs were set aside, see {tmp_path}/with-bad/errors.jsonl")
+        assert err.startswith(f"dove-fast: 2 inputs set aside, see {tmp_path}/with-bad/errors.jsonl")
     lines = (tmp_path / "with-bad/errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == bad
 
@@ -460,7 +460,7 @@ def test_verify_and_repair(tmp_path, photos, dove_fast, checkpoint):
     (store / "records/00002.parquet").unlink()
     code, out, err = dove_fast("verify", store)
     assert code == 3
-    assert out == f"{store}: 2 of 3 units are damaged; --repair does them again\n"
+    assert out == f"{store}: 2 of 3 units damaged, which --repair does again\n"
     assert err.splitlines() == [
         "dove-fast: tokens/00001.safetensors: its bytes are not those that were written",
         "dove-fast: records/00002.parquet: is missing",
@@ -474,7 +474,7 @@ def test_verify_and_repair(tmp_path, photos, dove_fast, checkpoint):
     assert "say where its images are now (--input)" in err
     code, out, err = dove_fast(*arguments, "--input", moved)
     assert code == 0, err
-    assert out.startswith(f"{store}: 2 units were done again, 6 images in ")
+    assert out.startswith(f"{store}: 2 units done again, 6 images in ")
     assert dove_fast("verify", store)[0] == 0
     # The same bytes, but for where the images are said to have come from.
     assert len(keys) == 10 and TokenStore(store).keys == keys
@@ -504,7 +504,7 @@ def test_a_dry_run_writes_nothing(tmp_path, photos, dove_fast):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "12 inputs in 3 units, 0 of them done"
-    assert lines[1].startswith("of 9 inputs that were tried 1 cannot be used; ")
+    assert lines[1].startswith("of 9 inputs tried 1 cannot be used; ")
     assert " KiB an image" in lines[1]
     assert lines[-1] == "nothing was written"
     assert not (tmp_path / "s").exists()
@@ -536,7 +536,7 @@ def test_ranks_come_from_what_started_the_process(tmp_path, photos, dove_fast, m
     code, out, _ = dove_fast("tokenize", photos, tmp_path / "s", "--shard-size", 4)
     assert code == 0
     assert "4 images" in out
-    assert "2 of 3 units are other jobs'" in out
+    assert "2 of 3 units left to other jobs" in out
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     code, out, _ = dove_fast("tokenize", photos, tmp_path / "s", "--shard-size", 4, "--rank", 0, "--world-size", 2)
     assert code == 0

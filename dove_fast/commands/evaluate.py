@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 from dove_fast.commands.options import (
     EXIT_DONE,
     EXIT_SET_ASIDE,
+    EXIT_STOPPED,
     add_batch_option,
     add_command,
     add_device_options,
     add_eos_option,
+    add_vqgan_option,
     fail,
     load,
     positive,
 )
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -66,12 +69,7 @@ def add(commands: Commands) -> None:
         "--lengths", type=_lengths, metavar="N,N,..", help="token counts (default: 1/8, 2/8, .. 8/8 of the most)"
     )
     add_eos_option(parser)
-    parser.add_argument(
-        "--vqgan",
-        metavar="DIR",
-        help="the checkpoint whose VQGAN stands in the table alone, such as what CHECKPOINT was trained from (default: "
-        "CHECKPOINT's own, whose decoder may have learnt with the tokens)",
-    )
+    add_vqgan_option(parser, "stands in the table alone")
     networks = parser.add_argument_group("networks that measure, left out without weights")
     networks.add_argument("--lpips-weights", metavar="FILE", help="of torchvision's vgg16, or what --lpips-net names")
     networks.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="(default: vgg)")
@@ -149,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         except JobError:
             if errors:
                 write_errors(output, errors)
-                print(f"dove-fast: {len(errors)} inputs were set aside, see {output}/{ERRORS_NAME}", file=sys.stderr)
+                fail(EXIT_STOPPED, f"{counted(len(errors), 'input')} set aside, see {output}/{ERRORS_NAME}")
             raise
         write_outputs(output, found, errors, plots=not arguments.no_plots)
     _show(found)
@@ -157,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     rate = context.images / max(context.measuring_seconds or context.seconds, 1e-9)
     print(f"{output}: {context.images} images at {rate:.1f} images/s, {context.seconds:.1f} s in all; see {TABLE_NAME}")
     if errors:
-        return fail(EXIT_SET_ASIDE, f"{len(errors)} inputs were set aside, see {output}/{ERRORS_NAME}")
+        return fail(EXIT_SET_ASIDE, f"{counted(len(errors), 'input')} set aside, see {output}/{ERRORS_NAME}")
     return EXIT_DONE
 
 

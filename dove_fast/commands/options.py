@@ -24,6 +24,7 @@ __all__ = [
     "add_eos_option",
     "add_length_options",
     "add_model_options",
+    "add_vqgan_option",
     "fail",
     "load",
     "positive",
@@ -114,6 +115,16 @@ def add_length_options(parser: argparse.ArgumentParser, verb: str) -> None:
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument("--length", type=int, metavar="N", help=f"{verb}exactly N tokens an image")
     lengths.add_argument("--max-length", type=int, metavar="N", help=f"{verb}at most N tokens an image")
+
+
+def add_vqgan_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --vqgan, the VQGAN without tokens that is measured or shown; `what` says which of the two, as a verb."""
+    parser.add_argument(
+        "--vqgan",
+        metavar="DIR",
+        help=f"the checkpoint whose VQGAN {what}, such as what CHECKPOINT was trained from (default: CHECKPOINT's "
+        "own, whose decoder may have learnt with the tokens)",
+    )
 
 
 def positive(text: str) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dove_fast.commands.options import EXIT_DONE, EXIT_SET_ASIDE, EXIT_STOPPED, fail, warn_of_kept
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.jobs import TokenizeReport
@@ -66,11 +66,13 @@ def _say(output: str, report: TokenizeReport) -> int:
     from dove_fast.jobs.display import TokenizeSummary, show_tokenize_summary
 
     mean = f", mean {report.tokens / report.records:.2f}" if report.records else ""
-    print(f"{output}: {report.records} images, {report.tokens} tokens{mean}, {report.errors} set aside")
+    held = f"{counted(report.records, 'image')}, {counted(report.tokens, 'token')}"
+    print(f"{output}: {held}{mean}, {report.errors:,} set aside")
     if report.already_complete:
         print("it was complete already, nothing was computed")
     else:
-        print(f"{report.computed} images in {report.seconds:.1f} s, {report.computed / report.seconds:.1f} images/s")
+        rate = report.computed / report.seconds
+        print(f"{counted(report.computed, 'image')} in {report.seconds:.1f} s, {rate:.1f} images/s")
     console = Console()
     if console.is_terminal and not report.already_complete:
         summary = TokenizeSummary(
@@ -84,8 +86,9 @@ def _say(output: str, report: TokenizeReport) -> int:
         )
         show_tokenize_summary(summary, output, console)
     if not report.complete:
-        print(f"{report.missing} of {report.units} units are other jobs', or were left by them; run again to finish")
+        left = f"{report.missing} of {counted(report.units, 'unit')}"
+        print(f"{left} left to other jobs, or by them; run again to finish")
     if report.errors:
         again = "; --retry-errors tries them again once they are mended" if report.already_complete else ""
-        print(f"dove-fast: {report.errors} inputs were set aside, see {output}/errors.jsonl{again}", file=sys.stderr)
+        fail(EXIT_SET_ASIDE, f"{counted(report.errors, 'input')} set aside, see {output}/errors.jsonl{again}")
     return max(warn_of_kept(output, report), EXIT_SET_ASIDE if report.errors else EXIT_DONE)

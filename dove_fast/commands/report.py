@@ -13,10 +13,12 @@ from dove_fast.commands.options import (
     add_command,
     add_device_options,
     add_eos_option,
+    add_vqgan_option,
     fail,
     load,
     positive,
 )
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -57,12 +59,7 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help="where dove-fast evaluate wrote evaluation.json (default: OUT's folder, if there is one)",
     )
-    parser.add_argument(
-        "--vqgan",
-        metavar="DIR",
-        help="the checkpoint whose VQGAN is shown alone, such as what CHECKPOINT was trained from (default: "
-        "CHECKPOINT's own, whose decoder may have learnt with the tokens)",
-    )
+    add_vqgan_option(parser, "is shown alone")
     add_device_options(parser)
     parser.set_defaults(run=run, resume="nothing was written")
 
@@ -99,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     shown = page.shown
     print(f"{output}: {len(shown.keys)} of {shown.looked_at} images, {output.stat().st_size / 1e6:.1f} MB")
     if shown.errors:
-        return fail(EXIT_SET_ASIDE, f"{len(shown.errors)} inputs could not be read, the end of {output} says why")
+        unread = counted(len(shown.errors), "input")
+        return fail(EXIT_SET_ASIDE, f"{unread} could not be read, the end of {output} says why")
     return EXIT_DONE
 
 

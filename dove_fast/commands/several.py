@@ -17,6 +17,7 @@ from dove_fast.commands.options import (
     fail,
 )
 from dove_fast.commands.outcome import conclude, write_store_report
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.jobs import TokenizeOptions
@@ -78,7 +79,8 @@ def run_on_devices(arguments: argparse.Namespace) -> int:
     except (DoveError, OSError) as error:
         return fail(EXIT_STOPPED, str(error))
     totals = store.manifest["totals"]
-    print(f"{arguments.output}: {len(store)} images, {totals['tokens']} tokens, {totals['errors']} set aside")
+    held = f"{counted(len(store), 'image')}, {counted(totals['tokens'], 'token')}"
+    print(f"{arguments.output}: {held}, {totals['errors']:,} set aside")
     figures = RunFigures(watch.images, seconds, ", ".join(devices), throughput=curve.rates())
     code = EXIT_SET_ASIDE if totals["errors"] else EXIT_DONE
     return max(code, write_store_report(arguments, figures if watch.images else None))

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dove_fast.commands.options import EXIT_DONE, EXIT_STOPPED, add_command, warn_of_kept
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -53,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     for damage in found:
         print(f"dove-fast: {damage.file}: {damage.reason}", file=sys.stderr)
     if not found:
-        print(f"{arguments.store}: {units} units, every byte as it was written")
+        print(f"{arguments.store}: {counted(units, 'unit')}, every byte as it was written")
         return EXIT_DONE
     damaged = sorted({damage.unit for damage in found if damage.unit is not None})
     if not arguments.repair:
-        print(f"{arguments.store}: {len(damaged)} of {units} units are damaged; --repair does them again")
+        print(f"{arguments.store}: {len(damaged)} of {counted(units, 'unit')} damaged, which --repair does again")
         return EXIT_STOPPED
     return _repair(arguments, damaged)
 
@@ -78,7 +79,6 @@ def _repair(arguments: argparse.Namespace, damaged: list[int]) -> int:
         report = repair(
             arguments.store, damaged, loaded, source=arguments.input, queries=queries, on_progress=on_progress
         )
-    print(
-        f"{arguments.store}: {len(damaged)} units were done again, {report.computed} images in {report.seconds:.1f} s"
-    )
+    again, images = counted(len(damaged), "unit"), counted(report.computed, "image")
+    print(f"{arguments.store}: {again} done again, {images} in {report.seconds:.1f} s")
     return warn_of_kept(arguments.store, report)

@@ -12,7 +12,8 @@ from dove_fast.evaluation.columns import COSTS, MEASURES, Column, measured
 from dove_fast.evaluation.complexity import LEAST_COMPLEXITY
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, VQGAN_ALONE, Evaluation, QualityRow, RegionRow
 from dove_fast.html import table
-from dove_fast.jobs.info import count_tokens, length_histogram
+from dove_fast.jobs.info import length_histogram
+from dove_fast.words import counted
 
 __all__ = ["figure_sections", "grid"]
 
@@ -89,7 +90,7 @@ def _by_tokens(rows: Sequence[QualityRow], measure: Column) -> Iterator[str]:
             yield from chart.level(number, row.name)
     yield from chart.line(fixed)
     for tokens, number in fixed:
-        yield from chart.dot(tokens, number, f"{count_tokens(round(tokens))}: {number:.4g}")
+        yield from chart.dot(tokens, number, f"{counted(round(tokens), 'token')}: {number:.4g}")
     for row, number in known:
         if row.kind == ADAPTIVE:
             yield from chart.dot(row.tokens, number, f"{row.name}, {row.tokens:.1f} tokens: {number:.4g}", "chosen", 5)

@@ -13,9 +13,9 @@ from torch import Tensor
 from dove_fast.evaluation.lengths import check_lengths, eos_prefixes, prefixes
 from dove_fast.evaluation.measures import check_finite, decibels, unit_pixels
 from dove_fast.evaluation.results import ADAPTIVE, FIXED, Grounding, RegionRow
-from dove_fast.jobs.info import count_tokens
 from dove_fast.losses.region import region_mse
 from dove_fast.models.dove import DOVE
+from dove_fast.words import counted
 
 __all__ = ["GroundingMeter"]
 
@@ -52,7 +52,7 @@ class GroundingMeter:
         self._model = model
         self._lengths = check_lengths(lengths, model.config.num_tokens)
         self._threshold = model.config.eos_threshold if eos_threshold is None else eos_threshold
-        names = [(count_tokens(length), FIXED) for length in self._lengths]
+        names = [(counted(length, "token"), FIXED) for length in self._lengths]
         self._rows = [
             (_Errors(name, kind, with_text=True), _Errors(name, kind, with_text=False))
             for name, kind in [*names, ("adaptive", ADAPTIVE)]

@@ -31,10 +31,10 @@ from dove_fast.evaluation.results import (
 )
 from dove_fast.evaluation.vqgan_alone import decode_codes
 from dove_fast.generation import TokenStream
-from dove_fast.jobs.info import count_tokens
 from dove_fast.models.dove import DOVE
 from dove_fast.ragged import RaggedTokens
 from dove_fast.store.layout import TOKEN_DTYPES
+from dove_fast.words import counted
 
 __all__ = ["QualityMeter"]
 
@@ -89,7 +89,7 @@ class QualityMeter:
         codewords = config.vqgan.num_vq_embeddings
         self._alone = _Row("VQGAN alone", VQGAN_ALONE, self._moments(), self._baseline.config.vqgan.num_vq_embeddings)
         self._fixed = {
-            length: _Row(count_tokens(length), FIXED, self._moments(), codewords) for length in self._lengths
+            length: _Row(counted(length, "token"), FIXED, self._moments(), codewords) for length in self._lengths
         }
         self._adaptive = _Row("adaptive", ADAPTIVE, self._moments(), codewords)
         self._complexity: list[Tensor] = []

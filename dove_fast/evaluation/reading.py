@@ -18,6 +18,7 @@ from dove_fast.evaluation.regions import centred_region, text_ids
 from dove_fast.failures import JobError
 from dove_fast.store.records import InputError
 from dove_fast.text import TextTokenizer
+from dove_fast.words import counted
 
 __all__ = ["RegionBatch", "SetAside", "image_batches", "region_batches"]
 
@@ -39,8 +40,8 @@ class SetAside:
             self._on_error(error)
         if self._most is not None and len(self.errors) > self._most:
             raise JobError(
-                f"more than {self._most} inputs could not be read (--max-errors), the last one {error.key!r}: "
-                f"{error.reason}"
+                f"more than {counted(self._most, 'input')} could not be read (--max-errors), the last one "
+                f"{error.key!r}: {error.reason}"
             )
 
 

@@ -20,7 +20,7 @@ from dove_fast.evaluation.results import Evaluation
 from dove_fast.evaluation.shown import ShownImages, ShownRegion
 from dove_fast.evaluation.vqgan_alone import NO_BASELINE, is_no_baseline
 from dove_fast.html import THUMBNAIL, begin_page, end_page, png, table, write_page
-from dove_fast.jobs.info import count_tokens
+from dove_fast.words import counted
 
 __all__ = ["ReportPage", "write_report"]
 
@@ -144,14 +144,15 @@ def _strip(page: ReportPage) -> Iterator[str]:
         'stands its PSNR. What EOS keeps is <span class="kept">underlined</span>; more tokens come when they are asked '
         "for, by a fixed length.</p>"
     )
-    heads = [("original", ""), ("EOS chooses", "chosen"), *((count_tokens(count), "") for count in portrait.frames)]
+    heads = [("original", ""), ("EOS chooses", "chosen"), *((counted(count, "token"), "") for count in portrait.frames)]
     yield from _begin_gallery("Reconstructions by number of tokens", [*heads, ("VQGAN alone", "")])
     for index, key in enumerate(page.shown.keys):
         length = portrait.adaptive.lengths[index]
-        chosen = _photo(portrait.adaptive.pictures[index], f"{key} from the {count_tokens(length)} that EOS chooses")
-        cells = [(chosen, f"{count_tokens(length)}\n{portrait.adaptive.psnr[index]:.1f} dB", "chosen")]
+        tokens = counted(length, "token")
+        chosen = _photo(portrait.adaptive.pictures[index], f"{key} from the {tokens} that EOS chooses")
+        cells = [(chosen, f"{tokens}\n{portrait.adaptive.psnr[index]:.1f} dB", "chosen")]
         for count, frame in portrait.frames.items():
-            made = _photo(frame.pictures[index], f"{key} from {count_tokens(count)}")
+            made = _photo(frame.pictures[index], f"{key} from {counted(count, 'token')}")
             cells.append((made, f"{frame.psnr[index]:.1f} dB", "kept" if count <= length else ""))
         alone = _photo(portrait.vqgan[index], f"{key} through the VQGAN alone")
         cells.append((alone, f"{portrait.vqgan_psnr[index]:.1f} dB", ""))
@@ -178,7 +179,7 @@ def _eos(page: ReportPage) -> Iterator[str]:
         curve = [(step + 1, value) for step, value in enumerate(portrait.eos[index].tolist())]
         length = portrait.adaptive.lengths[index]
         stopped = curve[length - 1][1] > portrait.threshold
-        end = f"stops at token {length}" if stopped else f"does not stop: all {count_tokens(length)}"
+        end = f"stops at token {length}" if stopped else f"does not stop: all {counted(length, 'token')}"
         chart = Chart(f"EOS probability of {key} by token; it {end}", x, y, width=240, height=150)
         yield "<figure>"
         yield from chart.begin()
@@ -204,21 +205,22 @@ def _features(page: ReportPage) -> Iterator[str]:
     yield (
         "<p>Each position of the grid as a colour: red, green and blue are the first three principal components of the "
         "token decoder's states. Positions of one colour are alike to it. The components are those of all shown "
-        f"images with {count_tokens(most)} each, and hold {shares} of the variance; in the last column they are the "
-        "image's own.</p>"
+        f"images with {counted(most, 'token')} each, and hold {shares} of the variance; in the last column they are "
+        "the image's own.</p>"
     )
-    heads = [("original", ""), *((count_tokens(count), "") for count in counts), ("EOS chooses", "chosen")]
-    yield from _begin_gallery("Principal components of the features", [*heads, (f"{count_tokens(most)}, alone", "")])
+    heads = [("original", ""), *((counted(count, "token"), "") for count in counts), ("EOS chooses", "chosen")]
+    heads.append((f"{counted(most, 'token')}, alone", ""))
+    yield from _begin_gallery("Principal components of the features", heads)
     columns = [together.colours(portrait.frames[count].states) for count in counts]
     adaptive = together.colours(portrait.adaptive.states)
     for index, key in enumerate(shown.keys):
         length = portrait.adaptive.lengths[index]
         cells = [
-            (_image(to_pixels(column[index]), f"features of {key} with {count_tokens(count)}", "cells"), "", "")
+            (_image(to_pixels(column[index]), f"features of {key} with {counted(count, 'token')}", "cells"), "", "")
             for count, column in zip(counts, columns, strict=True)
         ]
-        named = f"features of {key} with the {count_tokens(length)} that EOS chooses"
-        cells.append((_image(to_pixels(adaptive[index]), named, "cells"), count_tokens(length), "chosen"))
+        named = f"features of {key} with the {counted(length, 'token')} that EOS chooses"
+        cells.append((_image(to_pixels(adaptive[index]), named, "cells"), counted(length, "token"), "chosen"))
         own = fit_principal(everything[index]).colours(everything[index : index + 1])[0]
         cells.append((_image(to_pixels(own), f"features of {key} by its own components", "cells"), "", ""))
         yield _row(_original(page, index), cells)
@@ -311,7 +313,7 @@ def _regions(page: ReportPage) -> Iterator[str]:
         for answer, said, kind in zip(pair, ("with", "without"), ("chosen", ""), strict=True):
             picture = _photo(answer.picture, f"{region.key} {said} the text")
             caption = _lines(
-                f"{said} the text\n{count_tokens(answer.length)}\ninside {answer.psnr_inside:.1f} dB\n"
+                f"{said} the text\n{counted(answer.length, 'token')}\ninside {answer.psnr_inside:.1f} dB\n"
                 f"outside {answer.psnr_outside:.1f} dB"
             )
             yield f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>'

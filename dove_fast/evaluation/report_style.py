@@ -26,8 +26,9 @@ summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; overflow-wrap
 .gallery th, .gallery td { border: 0; padding: .35rem; width: auto; text-align: center }
 .gallery thead th { font-size: .85rem; vertical-align: bottom }
 .gallery tbody th { position: sticky; left: -1rem; background: var(--paper); font-weight: 400; z-index: 1 }
-.gallery figure { width: 6rem }
-.gallery img { display: block; width: 6rem; height: 6rem; border-radius: 3px }
+.gallery { --picture: clamp(4rem, 6.5vw, 5rem) }
+.gallery figure { width: var(--picture) }
+.gallery img { display: block; width: var(--picture); height: var(--picture); border-radius: 3px }
 .gallery figcaption { overflow-wrap: anywhere; line-height: 1.3; padding-top: .2rem; min-height: 1rem }
 figure img.photo { image-rendering: auto }
 figure img.cells { image-rendering: pixelated }
@@ -63,8 +64,7 @@ circle.chosen { fill: var(--paper); stroke: var(--mark); stroke-width: 2.5 }
   body { margin: 1rem auto; font-size: 14px }
   th { width: 8rem }
   .curves { grid-template-columns: 1fr 1fr; gap: 1rem }
-  .gallery figure, .gallery img { width: 5rem }
-  .gallery img { height: 5rem }
+  .gallery { --picture: 5rem }
 }
 """
 )

@@ -110,20 +110,20 @@ def training_bar(*, enabled: bool) -> Iterator[OnTrainProgress | None]:
         progress.TextColumn("train"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
-        progress.TextColumn("mse {task.fields[mse]:.5f}"),
+        progress.TextColumn("error {task.fields[error]:.5f}"),
         progress.TextColumn("{task.fields[length]:.1f} tokens"),
         progress.TextColumn("{task.fields[rate]:.1f} images/s"),
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("train", total=None, mse=0.0, length=0.0, rate=0.0)
+        task = bar.add_task("train", total=None, error=0.0, length=0.0, rate=0.0)
 
         def show(state: TrainProgress) -> None:
             bar.update(
                 task,
                 completed=state.step,
                 total=state.steps,
-                mse=state.mse,
+                error=state.error,
                 length=state.length,
                 rate=state.images_per_second,
             )
@@ -135,6 +135,9 @@ def show_store(summary: StoreSummary, name: str, console: Console) -> None:
     """Print a store's table and the histogram of its lengths."""
     settings = summary.settings
     table = _table(f"Token store {name}")
+    if summary.units_done < summary.units:
+        done = f"{summary.units_done:,} of {summary.units:,} units; the same dove-fast tokenize command goes on"
+        _row(table, "not complete", done)
     _row(table, "images", f"{summary.images:,}")
     _row(table, "set aside", f"{summary.errors:,}")
     _row(table, "tokens", f"{summary.tokens:,}")
@@ -148,6 +151,10 @@ def show_store(summary: StoreSummary, name: str, console: Console) -> None:
         if settings[setting] is not None:
             _row(table, setting, str(settings[setting]))
     _row(table, "values", f"{settings['dtype']}, width {settings['width']}")
+    if summary.quantization_error is not None:
+        _row(table, "int8 error", f"{summary.quantization_error:.2e}")
+    if summary.codes:
+        _row(table, "codes", f"{summary.config.num_features:,} an image")
     _row(table, "transform", f"{settings['transform']['name']}, {settings['transform']['size']} pixels")
     _row(table, "checkpoint", settings["fingerprint"])
     console.print(table)

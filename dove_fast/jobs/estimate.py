@@ -18,6 +18,7 @@ from dove_fast.jobs.progress import describe_seconds
 from dove_fast.jobs.queries import Ids
 from dove_fast.jobs.tokenize import TokenizeOptions, plan
 from dove_fast.store.layout import TOKEN_DTYPES
+from dove_fast.words import counted
 
 __all__ = ["Estimate", "estimate"]
 
@@ -47,13 +48,13 @@ class Estimate:
 
     def text(self) -> str:
         """Return the estimate in words, some lines."""
-        known = f"{self.inputs:,} inputs" if self.inputs is not None else "inputs that only reading counts"
-        lines = [f"{known} in {self.units:,} units, {self.units_done:,} of them done"]
+        known = counted(self.inputs, "input") if self.inputs is not None else "inputs that only reading counts"
+        lines = [f"{known} in {counted(self.units, 'unit')}, {self.units_done:,} of them done"]
         if self.images_per_second is None or self.bytes_per_image is None:
-            lines.append(f"none of {self.failed} inputs that were tried could be used")
+            lines.append(f"none of {counted(self.failed, 'input')} tried could be used")
             return "\n".join(lines)
         lines.append(
-            f"of {self.tried + self.failed} inputs that were tried {self.failed} cannot be used; "
+            f"of {counted(self.tried + self.failed, 'input')} tried {self.failed} cannot be used; "
             f"{self.images_per_second:.1f} images/s or more, {self.mean_tokens:.1f} tokens and "
             f"{self.bytes_per_image / 1024:.1f} KiB an image"
         )

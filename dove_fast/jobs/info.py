@@ -12,16 +12,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dove_fast.config import DOVEConfig
-from dove_fast.errors import CheckpointError
+from dove_fast.errors import CheckpointError, StoreError
 from dove_fast.models.checkpoint import CONFIG_NAME, read_config, weight_files
 from dove_fast.ops import registry
-from dove_fast.store.layout import MANIFEST_NAME
+from dove_fast.store.layout import FORMAT_VERSION, MANIFEST_NAME, StoreSettings, read_manifest
 from dove_fast.store.reader import TokenStore
+from dove_fast.store.writer import StoreWriter
 
 __all__ = [
     "CheckpointSummary",
     "StoreSummary",
-    "count_tokens",
     "describe_default_backend",
     "is_checkpoint",
     "is_store",
@@ -35,7 +35,11 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclass(frozen=True, eq=False)
 class StoreSummary:
-    """A store in numbers: `lengths` int32 (images,) and what its manifest says."""
+    """A store in numbers: `lengths` int32 (images,), what its manifest says, and how many of its units are done.
+
+    `codes`: the VQGAN's are kept. `quantization_error`: relative, of tokens kept in int8; None where they are kept as
+    they are.
+    """
 
     images: int
     tokens: int
@@ -43,6 +47,10 @@ class StoreSummary:
     lengths: np.ndarray
     config: DOVEConfig
     settings: dict[str, Any]
+    units: int
+    units_done: int
+    codes: bool = False
+    quantization_error: float | None = None
 
     @property
     def mean(self) -> float:
@@ -58,7 +66,13 @@ class StoreSummary:
 
 
 def summarize_store(directory: str | os.PathLike[str]) -> StoreSummary:
-    """Read a store's manifest and the lengths in its records; raises what `TokenStore` raises."""
+    """Read a store's manifest and the lengths in its records, where a job has not finished of the units that are done.
+
+    Raises what `TokenStore` raises, but for a store that is not complete.
+    """
+    manifest = read_manifest(Path(directory))
+    if not manifest["complete"] and manifest["format_version"] == FORMAT_VERSION:
+        return _summarize_unfinished(Path(directory), manifest["settings"])
     store = TokenStore(directory)
     return StoreSummary(
         images=len(store),
@@ -67,6 +81,31 @@ def summarize_store(directory: str | os.PathLike[str]) -> StoreSummary:
         lengths=store.lengths,
         config=store.config,
         settings=store.manifest["settings"],
+        units=len(store.manifest["shards"]),
+        units_done=len(store.manifest["shards"]),
+        codes=store.has_codes,
+        quantization_error=store.manifest["totals"].get("quantization_error"),
+    )
+
+
+def _summarize_unfinished(directory: Path, settings: dict[str, Any]) -> StoreSummary:
+    try:
+        store = StoreWriter(directory, StoreSettings(**settings), environment={})
+        config = DOVEConfig.from_dict(settings["config"])
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{directory} has a damaged manifest: {error}") from error
+    lengths = [length for _, column in store.done_column("length") for length in column]
+    return StoreSummary(
+        images=store.records,
+        tokens=store.tokens,
+        errors=store.error_count,
+        lengths=np.array(lengths, np.int32),
+        config=config,
+        settings=settings,
+        units=store.settings.units,
+        units_done=store.units_done,
+        codes=store.settings.codes,
+        quantization_error=store.quantization_error,
     )
 
 
@@ -131,8 +170,3 @@ def describe_default_backend() -> str:
     if lacking:
         return f"{name} ({origin}), which cannot run {', '.join(lacking)} here"
     return f"{name} ({origin})"
-
-
-def count_tokens(tokens: int) -> str:
-    """Put a token count into words: 1 token, 8 tokens."""
-    return "1 token" if tokens == 1 else f"{tokens} tokens"

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dove_fast.drawing import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, begin_drawing, histogram
 from dove_fast.html import begin_page, end_page, png, table, write_page
-from dove_fast.jobs.info import count_tokens, length_histogram
+from dove_fast.jobs.info import length_histogram
 from dove_fast.store.layout import flat_settings
 from dove_fast.store.reader import TokenStore
 from dove_fast.store.records import InputError, read_errors
+from dove_fast.words import counted
 
 __all__ = ["Curve", "Extreme", "Extremes", "ReportData", "RunFigures", "store_report", "write_report"]
 
@@ -133,6 +134,7 @@ class ReportData:
 
     `lengths`: integers (images,), those of all images; `num_tokens`: the most an image can have. `settings` may hold
     mappings; those that are None are left out. `run`: None where the run that finished the store left no figures.
+    `quantization_error`: relative, of tokens kept in int8; None where they are kept as they are.
     """
 
     title: str
@@ -141,6 +143,7 @@ class ReportData:
     settings: Mapping[str, object] = field(default_factory=dict)
     errors: Sequence[InputError] = ()
     run: RunFigures | None = None
+    quantization_error: float | None = None
 
 
 def store_report(directory: Path, run: RunFigures | None) -> ReportData:
@@ -153,6 +156,7 @@ def store_report(directory: Path, run: RunFigures | None) -> ReportData:
         settings={name: value for name, value in store.manifest["settings"].items() if name != "config"},
         errors=read_errors(directory),
         run=run,
+        quantization_error=store.manifest["totals"].get("quantization_error"),
     )
 
 
@@ -192,6 +196,8 @@ def _summary(data: ReportData) -> Iterator[tuple[str, str]]:
     if images:
         yield "mean length", f"{tokens / images:.2f}"
     yield "errors", f"{len(data.errors):,}"
+    if data.quantization_error is not None:
+        yield "int8 error", f"{data.quantization_error:.2e}"
 
 
 def _run(run: RunFigures) -> Iterator[tuple[str, str]]:
@@ -225,7 +231,7 @@ def _images(title: str, extremes: Sequence[Extreme]) -> Iterator[str]:
     yield f'<h2>{title}</h2>\n<div class="images">'
     for extreme in extremes:
         key = escape(extreme.key)
-        tokens = count_tokens(extreme.length)
+        tokens = counted(extreme.length, "token")
         yield (
             f'<figure><img src="{png(extreme.pixels)}" alt="{key}"><figcaption>{key}<br>{tokens}</figcaption></figure>'
         )

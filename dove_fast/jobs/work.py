@@ -27,12 +27,15 @@ from dove_fast.store.layout import DTYPES
 from dove_fast.store.records import InputError, RecordRow
 from dove_fast.store.shard import ShardWriter
 from dove_fast.store.writer import StoreWriter
+from dove_fast.words import counted
 
 __all__ = ["Limits", "OnImage", "Work"]
 
 # Images that go to a worker and come back together, and the most encoded bytes of them (one image may have more).
 CHUNK_IMAGES = 8
 CHUNK_BYTES = 4 << 20
+# Of images that are decoded and wait. Where decoding goes in bursts each of them takes some milliseconds to begin.
+BATCHES_AHEAD = 4
 
 # Called with an image's key, its token count and its pixels, uint8 (3, S, S).
 OnImage = Callable[[str, int, Tensor], None]
@@ -167,7 +170,7 @@ class Work:
     def _learn_keys(self) -> None:
         if self._source.unique_keys or self._settings.units == 1:
             return
-        for unit, keys in self._writer.done_keys(but=self._known):
+        for unit, keys in self._writer.done_column("key", but=self._known):
             self._check_keys(unit, keys)
 
     def _check_keys(self, unit: int, keys: Sequence[str]) -> None:
@@ -182,7 +185,7 @@ class Work:
     def _once(self, decoders: Decoders, units: Collection[int] | None) -> bool:
         """Go once through the units that are missing; false if none of them could be taken."""
         # In images, what is decoded and waits; in chunks, and as many again encoded.
-        depth = decoders.workers + -(-2 * self._batch_size // CHUNK_IMAGES)
+        depth = decoders.workers + -(-BATCHES_AHEAD * self._batch_size // CHUNK_IMAGES)
         chunks: Generator[_Chunk, None, None] = self._chunks(units)
         if decoders.workers:
             chunks = read_ahead(chunks, depth=depth)
@@ -302,7 +305,7 @@ class Work:
         most = self._limits.max_errors
         if most is not None and self._finished_errors + len(self._set_aside) > most:
             raise JobError(
-                f"more than {most} inputs were set aside (--max-errors), the last one {key!r}: {reason}; "
+                f"more than {counted(most, 'input')} set aside (--max-errors), the last one {key!r}: {reason}; "
                 "see errors.jsonl, and run the same command again with a higher bound to go on"
             )
 

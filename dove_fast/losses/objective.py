@@ -27,11 +27,12 @@ class LossTerms:
     """A step's loss and what it is made of; everything but `total` is detached.
 
     total: () what is minimised. mse, perceptual, adversarial, eos: () means over the images, not weighed; inside their
-    regions for Q-DOVE. irrelevant: () the reconstruction loss outside the regions, weighed within. codebook,
-    commitment: () `codebook_terms`, 0 where they were not given. features: () the token decoder's mean squared error in
-    feature space, inside the regions, not weighed; 0 where it is off. eos_weight: lambda.
-    errors: (B,) each image's mean squared error inside its region, what the threshold learns from; NaN for a region
-    without a pixel.
+    regions for Q-DOVE; mse is NaN without a reconstruction. irrelevant: () the reconstruction loss outside the regions,
+    weighed within. codebook, commitment: () `codebook_terms`, 0 where they were not given. features: () the token
+    decoder's mean squared error in feature space, inside the regions, not weighed; 0 where it is off. eos_weight:
+    lambda.
+    errors: (B,) each image's mean squared error inside its region, what the threshold learns from; of the features
+    without a reconstruction, which the threshold does not learn from; NaN for a region without a pixel.
     """
 
     total: Tensor
@@ -77,7 +78,7 @@ class QDOVELoss(nn.Module):
     def forward(
         self,
         images: Tensor,
-        reconstruction: Tensor,
+        reconstruction: Tensor | None,
         eos_logits: Tensor,
         lengths: Tensor,
         *,
@@ -90,7 +91,8 @@ class QDOVELoss(nn.Module):
     ) -> LossTerms:
         """Return the loss of a batch.
 
-        images, reconstruction: (B, 3, H, W) in [0, 1], the second with a graph. eos_logits (B, T), lengths (B,): as in
+        images, reconstruction: (B, 3, H, W) in [0, 1], the second with a graph, or None where lengths are forced and
+        features are all that is compared: pixels are then not made. eos_logits (B, T), lengths (B,): as in
         `eos_loss`. step: optimiser steps before this one. mask: (B, 1, H, W) bool, the regions; None where there is
         no text: the whole image. forced: the lengths were given and not found, so they teach EOS nothing.
         codebook: what `codebook_terms` returns, needed where their weights are not 0. features: the VQGAN's features
@@ -104,13 +106,20 @@ class QDOVELoss(nn.Module):
             raise ValueError("LossConfig.codebook_weight or commitment_weight is not 0, which needs `codebook`")
         if features is None and config.feature_weight:
             raise ValueError("LossConfig.feature_weight is not 0, which needs `features`")
+        if reconstruction is None and (not forced or config.weighs_pixels or not config.feature_weight):
+            raise ValueError("reconstruction can be None only where lengths are forced, and features alone are weighed")
         perceptual, discriminator = self._parts
-        mse, mse_outside = region_mse(images, reconstruction, mask)
-        relevant, irrelevant = config.mse_weight * mse, config.mse_weight * mse_outside
+        if reconstruction is None:
+            mse = images.new_full((len(images),), float("nan"), dtype=torch.float32)
+            relevant = irrelevant = torch.zeros_like(mse)
+        else:
+            mse, mse_outside = region_mse(images, reconstruction, mask)
+            relevant, irrelevant = config.mse_weight * mse, config.mse_weight * mse_outside
+        errors = mse
         zero = mse.new_zeros(())
         seen = zero
         if config.perceptual_weight:
-            assert perceptual is not None
+            assert perceptual is not None and reconstruction is not None
             inside, outside = region_mean(perceptual(images, reconstruction).to(mse.dtype), mask)
             relevant = relevant + config.perceptual_weight * inside
             irrelevant = irrelevant + config.perceptual_weight * outside
@@ -122,10 +131,11 @@ class QDOVELoss(nn.Module):
             relevant = relevant + config.feature_weight * inside
             irrelevant = irrelevant + config.feature_weight * outside
             of_features = inside.mean()
+            errors = inside if reconstruction is None else mse
         fooled = zero
         total = relevant.mean()
         if config.adversarial_weight and step >= config.adversarial_start:
-            assert discriminator is not None
+            assert discriminator is not None and reconstruction is not None
             # Of the whole image, whatever the region.
             fooled = -_judge(discriminator, reconstruction).to(mse.dtype).mean()
             weighed = config.adversarial_weight * fooled
@@ -137,7 +147,7 @@ class QDOVELoss(nn.Module):
         if codebook is not None:
             total = total + config.codebook_weight * of_codebook + config.commitment_weight * of_commitment
         eos_weight = config.eos_weight(step)
-        errors = mse.detach()
+        errors = errors.detach()
         if mask is not None:
             # A region that lost all its pixels is no perfect image: it asks for nothing and teaches tau nothing.
             errors = errors.masked_fill(~mask.flatten(1).any(dim=1), float("nan"))
@@ -185,7 +195,7 @@ class DOVELoss(QDOVELoss):
     def forward(
         self,
         images: Tensor,
-        reconstruction: Tensor,
+        reconstruction: Tensor | None,
         eos_logits: Tensor,
         lengths: Tensor,
         *,

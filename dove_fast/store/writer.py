@@ -270,10 +270,13 @@ class StoreWriter:
         config = DOVEConfig.from_dict(self.settings.config)
         return config.num_features if self.settings.codes else None
 
-    def done_keys(self, *, but: Set[int] = frozenset()) -> Iterator[tuple[int, list[str]]]:
-        """Yield each unit that is done, but for some, with its keys. Raises `StoreError` for damaged records."""
+    def done_column(self, name: str, *, but: Set[int] = frozenset()) -> Iterator[tuple[int, list[Any]]]:
+        """Yield each unit that is done, but for some, with one of its records' columns, by `RECORD_COLUMNS`' name.
+
+        Raises `StoreError` for damaged records.
+        """
         for index in sorted(self._units.keys() - but):
-            yield index, read_table(records_path(self.directory, index), ["key"]).column("key").to_pylist()
+            yield index, read_table(records_path(self.directory, index), [name]).column(name).to_pylist()
 
     def write_errors(self, pending: Sequence[InputError] = ()) -> None:
         """Bring errors.jsonl up to date with the units that are done, and what a unit in hand set aside."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,13 +31,13 @@ BLOCKS = 4
 class TrainingForward:
     """What the losses read, with a graph where a parameter needs one.
 
-    reconstruction: (B, 3, S, S), not clamped. eos_logits: (B, T) fp32 at least, NaN behind each image's last token, as
-    `losses.eos_loss` takes them. tokens: the tokens. features: (B, N, C), the VQGAN's. grid: (B, C, h, w), what the
-    token decoder makes of them, before the codebook.
+    reconstruction: (B, 3, S, S), not clamped; None where none was asked for. eos_logits: (B, T) fp32 at least, NaN
+    behind each image's last token, as `losses.eos_loss` takes them. tokens: the tokens. features: (B, N, C), the
+    VQGAN's. grid: (B, C, h, w), what the token decoder makes of them, before the codebook.
     positions_computed, positions_of_all: the generator's positions, and those of the plain forward.
     """
 
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     eos_logits: Tensor
     tokens: RaggedTokens
     features: Tensor
@@ -59,7 +60,7 @@ def training_forward(
     features: Tensor | None = None,
     block_size: int | None = None,
     recompute: bool = False,
-    reconstruct_with_graph: bool = True,
+    reconstruct: Literal["graph", "values", "no"] = "graph",
 ) -> TrainingForward:
     """Tokenize and reconstruct a batch with gradients.
 
@@ -68,8 +69,8 @@ def training_forward(
     `model.encode(images)` is known, as with a frozen encoder; then the images are not read. block_size: steps computed
     at a time, None for a quarter of T; an image takes part in all blocks up to the one that it ends in. recompute:
     forget the generator's activations within a layer and compute them again in the backward, which takes a third more
-    time for it and a fraction of the memory. reconstruct_with_graph: False where no loss reads the reconstruction,
-    which is then without one.
+    time for it and a fraction of the memory. reconstruct: "values" where no loss reads the reconstruction, which is
+    then without a graph; "no" where nothing does.
 
     The same values and gradients as the plain forward over all N + L + T positions, within rounding. The VQGAN's
     encoder runs without a graph where none of its parameters needs one.
@@ -114,8 +115,10 @@ def training_forward(
     grid = model.grid(
         model.generation.decode(model.token_decoder, tokens, attends_padding=config.decoder_attends_padding)
     )
-    with torch.set_grad_enabled(reconstruct_with_graph and torch.is_grad_enabled()):
-        reconstruction = model.render(grid)
+    reconstruction = None
+    if reconstruct != "no":
+        with torch.set_grad_enabled(reconstruct == "graph" and torch.is_grad_enabled()):
+            reconstruction = model.render(grid)
     return TrainingForward(
         reconstruction=reconstruction,
         eos_logits=padded_logits,

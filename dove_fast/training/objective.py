@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ __all__ = ["Objective", "StepResult", "freeze"]
 class StepResult:
     """What a batch came to.
 
-    terms: the losses. reconstruction: (B, 3, S, S), detached. lengths: (B,) int64; 1 for the VQGAN alone, which has
-    none. codes: (B, h, w) int64, where the terms of the codebook are weighed. grid: (B, C, h, w), detached, what was
-    quantised. positions: the generator's that were computed with gradients, and those of the plain forward.
+    terms: the losses. reconstruction: (B, 3, S, S), detached; None where no loss reads it and lengths are forced.
+    lengths: (B,) int64; 1 for the VQGAN alone, which has none. codes: (B, h, w) int64, where the terms of the codebook
+    are weighed. grid: (B, C, h, w), detached, what was quantised. positions: the generator's that were computed with
+    gradients, and those of the plain forward.
     """
 
     terms: LossTerms
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     lengths: Tensor
     codes: Tensor | None
     grid: Tensor
@@ -62,6 +64,7 @@ class Objective(nn.Module):
         """Return the loss of a batch, images (B, 3, S, S) uint8; `lengths` forces them."""
         model, config = self.model, self.loss.config
         targets, features = images.to(model.dtype) / 255, None
+        reconstruction: Tensor | None
         if self.stage == "vqgan":
             grid = model.encode(images).transpose(1, 2).unflatten(2, (model.config.grid_size, model.config.grid_size))
             reconstruction = model.render(grid)
@@ -75,7 +78,7 @@ class Objective(nn.Module):
                 queries,
                 lengths=lengths,
                 recompute=self.recompute,
-                reconstruct_with_graph=config.weighs_pixels,
+                reconstruct=self._reconstruct(forced=lengths is not None),
             )
             grid, reconstruction, counts, logits = found.grid, found.reconstruction, found.lengths, found.eos_logits
             positions = found.positions_computed, found.positions_of_all
@@ -86,7 +89,7 @@ class Objective(nn.Module):
             terms = codebook_terms(grid, codes, model.vqgan.quantize.embedding.weight)
         losses = self.loss(
             targets,
-            reconstruction.float(),
+            None if reconstruction is None else reconstruction.float(),
             logits,
             counts,
             step=step,
@@ -96,7 +99,14 @@ class Objective(nn.Module):
             features=features,
             last_layer=model.vqgan.decoder.conv_out.weight if config.adaptive_adversarial else None,
         )
-        return StepResult(losses, reconstruction.detach().float(), counts, codes, grid.detach(), positions)
+        shown = None if reconstruction is None else reconstruction.detach().float()
+        return StepResult(losses, shown, counts, codes, grid.detach(), positions)
+
+    def _reconstruct(self, *, forced: bool) -> Literal["graph", "values", "no"]:
+        """Say what is made of the pixels: the threshold reads their error where EOS decides, whatever the loss."""
+        if self.loss.config.weighs_pixels:
+            return "graph"
+        return "no" if forced and self.loss.config.feature_weight else "values"
 
 
 def freeze(model: DOVE, stage: str, frozen: str, *, codebook: bool, texts: bool) -> list[tuple[str, nn.Parameter]]:

@@ -33,12 +33,15 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class StepOutcome:
     """What a step came to: a result for each part of this process's share of the batch.
 
-    mse, grad_norm: over all processes, on the host. finite: whether both were; a step that was not changed nothing.
+    error: the mean of `LossTerms.errors`, of pixels but for a step that makes none. mse: the same of pixels, NaN for
+    such a step. grad_norm: the gradient's. All are over all processes, on the host. finite: whether error and grad_norm
+    were; a step that was not changed nothing.
     codewords: how many were in use, where this step restarted the others. judge: (n,) the discriminator's losses, None
     where it did not learn. forced: whether the lengths were random.
     """
 
     results: Sequence[StepResult]
+    error: float
     mse: float
     grad_norm: float
     finite: bool
@@ -105,20 +108,21 @@ class Stepper:
                 results.append(self._backward(step, part, forced, share=1 / len(parts)))
         parameters = [parameter for _, parameter in self.trained]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
-        mse = mean_over_ranks(torch.cat([result.terms.errors for result in results]))
+        error = mean_over_ranks(torch.cat([result.terms.errors for result in results]))
+        mse = math.nan if results[0].reconstruction is None else error
         # Both are the same on all ranks.
-        if not (math.isfinite(norm) and math.isfinite(mse)):
+        if not (math.isfinite(norm) and math.isfinite(error)):
             self.optimizer.zero_grad()
-            return StepOutcome(results, mse, norm, False, None, None, lengths is not None)
+            return StepOutcome(results, error, mse, norm, False, None, None, lengths is not None)
         self.optimizer.step()
         if lengths is None:
             # [reading] Lengths that were forced say nothing about the error at those that EOS chooses.
-            self.loss.threshold.update(mse)
+            self.loss.threshold.update(error)
         if self.averaged is not None:
             average_into(self.averaged, self.model, run.ema_decay, step)
         codewords = self._tend_codebook(step, results)
         judge = self._teach_discriminator(step, parts, results)
-        return StepOutcome(results, mse, norm, True, codewords, judge, lengths is not None)
+        return StepOutcome(results, error, mse, norm, True, codewords, judge, lengths is not None)
 
     def _backward(self, step: int, part: TrainingBatch, forced: list[int] | None, share: float) -> StepResult:
         device = self.ranks.device
@@ -150,6 +154,7 @@ class Stepper:
         losses = []
         self.judge.zero_grad()
         for part, result in zip(parts, results, strict=True):
+            assert result.reconstruction is not None
             images = part.images.to(self.ranks.device).float() / 255
             with self._autocast():
                 loss = self.loss.discriminator_loss(images, result.reconstruction)

@@ -59,11 +59,11 @@ RESUME = "run the same command again to go on from the last checkpoint"
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far a run is: steps done of `steps`, this step's mean squared error and mean length, images/s so far."""
+    """How far a run is: steps done of `steps`, this step's error (`StepOutcome`) and mean length, images/s so far."""
 
     step: int
     steps: int
-    mse: float
+    error: float
     length: float
     images_per_second: float
 
@@ -175,7 +175,7 @@ class Trainer:
                 if on_progress is not None and self.ranks.is_first:
                     rate = (state.step - first) * run.batch_size / (time.perf_counter() - start)
                     length = float(torch.cat([result.lengths for result in outcome.results]).double().mean())
-                    on_progress(TrainProgress(state.step, run.steps, outcome.mse, length, rate))
+                    on_progress(TrainProgress(state.step, run.steps, outcome.error, length, rate))
                 if any_over_ranks(stop.is_set(), self.ranks.device):
                     break
                 if report.checkpoint_steps and state.step % report.checkpoint_steps == 0:
@@ -223,7 +223,9 @@ class Trainer:
             return
         state.skipped += 1
         state.skipped_in_a_row += 1
-        logger.warning("step %d skipped: error %g, norm of the gradient %g", state.step, outcome.mse, outcome.grad_norm)
+        logger.warning(
+            "step %d skipped: error %g, norm of the gradient %g", state.step, outcome.error, outcome.grad_norm
+        )
         if state.skipped_in_a_row > limit:
             raise JobError(
                 f"{state.skipped_in_a_row} steps in a row were not finite, the limit is {limit}; the last checkpoint "

@@ -62,17 +62,17 @@ def test_tables_plots_and_a_file_for_programs(evaluate, tmp_path, checkpoint, ph
 def test_inputs_set_aside(evaluate, photos, tmp_path):
     add_bad(photos)
     code, _, err = evaluate("--no-plots")
-    assert code == 1 and "2 inputs were set aside, see" in err
+    assert code == 1 and "2 inputs set aside, see" in err
     assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 2
     assert not (tmp_path / "out" / "quality.svg").exists()
     code, _, err = evaluate("--overwrite", "--max-errors", 1)
-    assert code == 3 and "more than 1 inputs could not be read" in err
+    assert code == 3 and "more than 1 input could not be read" in err
 
 
 def test_too_many_that_cannot_be_read_are_named(evaluate, photos, tmp_path):
     add_bad(photos)
     code, _, err = evaluate("--max-errors", 1)
-    assert code == 3 and "more than 1 inputs could not be read" in err and "errors.jsonl" in err
+    assert code == 3 and "more than 1 input could not be read" in err and "errors.jsonl" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["errors.jsonl"]
     assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 2
     # The same command again.

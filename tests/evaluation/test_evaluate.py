@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_set_aside(loaded, photos):
     assert [error.key for error in outcome.errors] == bad and all(error.reason for error in outcome.errors)
     assert outcome.evaluation.context.images == 10 and outcome.evaluation.context.set_aside == 2
     evaluate(loaded, "m", photos, EvaluateOptions(lengths=(4,), max_errors=2))
-    with pytest.raises(JobError, match=r"more than 1 inputs could not be read \(--max-errors\), the last one"):
+    with pytest.raises(JobError, match=r"more than 1 input could not be read \(--max-errors\), the last one"):
         evaluate(loaded, "m", photos, EvaluateOptions(lengths=(4,), max_errors=1))
 
 
@@ -280,7 +280,7 @@ def test_probes(loaded, photos, tmp_path, monkeypatch):
     assert [error.key for error in outcome.errors] == ["broken.png"] * 2
     assert outcome.evaluation.context.set_aside == 2
     # One budget for all.
-    with pytest.raises(JobError, match="more than 1 inputs could not be read"):
+    with pytest.raises(JobError, match="more than 1 input could not be read"):
         evaluate(loaded, "m", photos, replace(options, max_errors=1))
     with pytest.raises(FileNotFoundError, match="no labelled data set 'nowhere'"):
         evaluate(loaded, "m", photos, EvaluateOptions(probes=("nowhere",)))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
-from made_stores import write
+from made_stores import fill, settings, write
 from rich.console import Console
 from small_models import micro_model
 
-from dove_fast import CheckpointError, TokenStore
+from dove_fast import CheckpointError, StoreError, TokenStore
 from dove_fast.jobs import summarize_checkpoint, summarize_store
 from dove_fast.jobs.display import show_checkpoint, show_installation, show_store
 from dove_fast.jobs.info import describe_default_backend, length_histogram
+from dove_fast.store.writer import StoreWriter
 
 
 def shown(show, summary, width=100, encoding="utf-8") -> str:
@@ -41,6 +43,43 @@ def test_a_store_in_numbers(tmp_path):
         "sha256:0",
     ):
         assert part in text
+
+
+def test_a_store_that_is_not_complete_in_numbers(tmp_path):
+    writer = StoreWriter(tmp_path / "s", settings(40), {"torch": "test"})
+    writer.begin()
+    assert summarize_store(tmp_path / "s").images == 0
+    fill(writer, bad=frozenset({3}), only=[0, 1, 5])
+    summary = summarize_store(tmp_path / "s")
+    assert (summary.images, summary.errors, summary.units_done, summary.units) == (8, 1, 3, 14)
+    assert summary.tokens == summary.lengths.sum()
+    fill(writer)
+    writer.finish()
+    whole = summarize_store(tmp_path / "s")
+    assert (whole.units_done, whole.units) == (14, 14)
+    # The second unit lost an image.
+    assert summary.lengths.tolist() == [*whole.lengths[:5], *whole.lengths[14:17]]
+    assert "3 of 14 units; the same dove-fast tokenize command goes on" in shown(show_store, summary)
+    assert "not complete" not in shown(show_store, whole)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("config", {"vqgan": 3}), ("later", 1)])
+def test_an_unfinished_store_with_a_damaged_manifest_is_refused(tmp_path, setting, value):
+    StoreWriter(tmp_path / "s", settings(40), {"torch": "test"}).begin()
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    manifest["settings"][setting] = value
+    (tmp_path / "s/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="damaged manifest"):
+        summarize_store(tmp_path / "s")
+
+
+def test_codes_and_the_error_of_int8_are_shown(tmp_path):
+    summary = summarize_store(write(tmp_path / "s", 8))
+    assert not summary.codes
+    assert summary.quantization_error is None
+    text = shown(show_store, dataclasses.replace(summary, codes=True, quantization_error=0.0123))
+    assert "64 an image" in text
+    assert "1.23e-02" in text
 
 
 def test_the_histogram_counts_every_image_once():

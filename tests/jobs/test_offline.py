@@ -199,7 +199,7 @@ def test_a_medium_that_fails_stops_the_job_and_it_goes_on(tmp_path, photos, load
 
 def test_too_many_errors_stop_the_job(tmp_path, photos, loaded):
     bad = add_bad(photos)
-    with pytest.raises(JobError, match=rf"more than 1 inputs were set aside \(--max-errors\), the last one '{bad[1]}'"):
+    with pytest.raises(JobError, match=rf"more than 1 input set aside \(--max-errors\), the last one '{bad[1]}'"):
         tokenize(photos, tmp_path / "s", loaded, replace(OPTIONS, max_errors=1))
     listed = [json.loads(line)["key"] for line in (tmp_path / "s/errors.jsonl").read_text().splitlines()]
     assert listed == bad

@@ -125,6 +125,37 @@ def test_features_count_by_their_share_of_the_region(batch, mask):
     assert gradients[1][0, :, 3:].abs().max() < loss.config.irrelevant_weight < gradients[1][0, :, :3, 1:3].abs().min()
 
 
+def test_features_alone_need_no_pixels(batch, mask):
+    loss, _ = make(mse_weight=0.0, perceptual_weight=0.0, adversarial_weight=0.0, feature_weight=2.0)
+    generator = torch.Generator().manual_seed(2)
+    features, made = torch.randn(2, 4, 5, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    made.requires_grad_()
+    mask[1] = False
+    given = {"step": 0, "mask": mask, "forced": True, "features": (features, made)}
+    with_pixels, without = loss(**batch, **given), loss(**batch | {"reconstruction": None}, **given)
+    assert_close(without.total.detach(), with_pixels.total.detach(), RELATIVE[torch.float64])
+    gradients = [torch.autograd.grad(terms.total, made)[0] for terms in (with_pixels, without)]
+    assert_close(gradients[1], gradients[0], RELATIVE[torch.float64])
+    assert without.mse.isnan() and with_pixels.mse > 0
+    assert without.errors.isnan().tolist() == [False, True, False, False]
+    counted = without.errors[[0, 2, 3]]
+    # The region without a pixel counts as 0 in the mean of the four.
+    assert_close(counted.sum() / 4, without.features, RELATIVE[torch.float64])
+
+
+@pytest.mark.parametrize(
+    ("weights", "forced"), [({}, False), ({"mse_weight": 1.0}, True), ({"feature_weight": 0.0}, True)]
+)
+def test_pixels_that_something_reads_must_be_there(batch, weights, forced):
+    alone = {"mse_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0, "feature_weight": 1.0}
+    loss, _ = make(**alone | weights)
+    features = torch.zeros(4, 5, 4, 4, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match="reconstruction can be None only where lengths are forced, and features alone"
+    ):
+        loss(**batch | {"reconstruction": None}, step=0, forced=forced, features=(features, features))
+
+
 def test_features_that_do_not_fit(batch):
     loss, _ = make(perceptual_weight=0.0, adversarial_weight=0.0, feature_weight=1.0)
     features = torch.zeros(4, 5, 4, 4, dtype=torch.float64)

@@ -147,10 +147,13 @@ def test_a_reconstruction_that_nothing_reads_has_no_graph():
     model = plain()
     images = sample_images(3).double()
     with_graph = training_forward(model, images, lengths=[4] * 3)
-    found = training_forward(model, images, lengths=[4] * 3, reconstruct_with_graph=False)
+    found = training_forward(model, images, lengths=[4] * 3, reconstruct="values")
     assert with_graph.reconstruction.requires_grad and not found.reconstruction.requires_grad
     assert torch.equal(found.reconstruction, with_graph.reconstruction)
     assert found.grid.requires_grad and found.eos_logits.requires_grad
+    without = training_forward(model, images, lengths=[4] * 3, reconstruct="no")
+    assert without.reconstruction is None
+    assert torch.equal(without.grid, found.grid)
 
 
 def test_the_gradient_passes_straight_through_the_codebook():

@@ -243,6 +243,17 @@ def test_forced_lengths_have_a_longest(tmp_path, monkeypatch):
         train(make_run(tmp_path / "other", run={"longest_forced_length": 100}), ALONE)
 
 
+def test_features_alone_make_pixels_only_where_eos_decides(tmp_path):
+    run = {"steps": 8, "frozen": "vqgan", "forced_length_share": 0.5, "codebook_restart_steps": 0}
+    loss = {"codebook_weight": 0.0, "adaptive_adversarial": False, "feature_weight": 1.0} | NO_PIXELS
+    train(make_run(tmp_path, run=run, loss=loss, report={"log_steps": 1}), ALONE)
+    lines = [line for line in lines_of(tmp_path / "run") if line["kind"] == "train"]
+    assert {line["forced_lengths"] for line in lines} == {True, False}
+    for line in lines:
+        assert (line["mse"] is None) == line["forced_lengths"]
+        assert line["features"] > 0
+
+
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     # A learning rate that throws the weights to infinity.
     changes = {
