@@ -115,11 +115,15 @@ def bench_script(compare, device, pictures, tmp_path, batch, keep) -> None:
         ours()
         theirs()
         store = TokenStore(tmp_path / "store")
+        folder, others = theirs.report(), 0
         for record in store:
-            expected = torch.from_numpy(np.load(tmp_path / "script" / f"{Path(record.key).stem}.npy"))
-            # One whose EOS is within rounding of the threshold may have another length.
+            expected = torch.from_numpy(np.load(folder / f"{Path(record.key).stem}.npy"))
             if expected.shape == record.tokens.shape:
                 torch.testing.assert_close(record.tokens.float(), expected, rtol=1e-3, atol=1e-3)
+            else:
+                others += 1
+        # One whose EOS is within rounding of the threshold may have another length.
+        assert others <= len(store) // 100
         compare(ours, theirs, rival_name="obvious script", images=len(store), memory=False, batch_size=size)
 
 

@@ -460,7 +460,7 @@ def test_verify_and_repair(tmp_path, photos, dove_fast, checkpoint):
     (store / "records/00002.parquet").unlink()
     code, out, err = dove_fast("verify", store)
     assert code == 3
-    assert out == f"{store}: 2 of 3 units damaged, which --repair does again\n"
+    assert out == f"{store}: damaged: 2 of 3 units; --repair does such units again\n"
     assert err.splitlines() == [
         "dove-fast: tokens/00001.safetensors: its bytes are not those that were written",
         "dove-fast: records/00002.parquet: is missing",
@@ -536,7 +536,7 @@ def test_ranks_come_from_what_started_the_process(tmp_path, photos, dove_fast, m
     code, out, _ = dove_fast("tokenize", photos, tmp_path / "s", "--shard-size", 4)
     assert code == 0
     assert "4 images" in out
-    assert "2 of 3 units left to other jobs" in out
+    assert "not done: 2 of 3 units, which other jobs have" in out
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     code, out, _ = dove_fast("tokenize", photos, tmp_path / "s", "--shard-size", 4, "--rank", 0, "--world-size", 2)
     assert code == 0

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from dove_fast.commands.options import (
     EXIT_DONE,
     EXIT_SET_ASIDE,
-    EXIT_STOPPED,
     add_batch_option,
     add_command,
     add_device_options,
@@ -147,13 +146,15 @@ def run(arguments: argparse.Namespace) -> int:
         except JobError:
             if errors:
                 write_errors(output, errors)
-                fail(EXIT_STOPPED, f"{counted(len(errors), 'input')} set aside, see {output}/{ERRORS_NAME}")
+                set_aside = counted(len(errors), "input")
+                print(f"dove-fast: {set_aside} set aside, see {output}/{ERRORS_NAME}", file=sys.stderr)
             raise
         write_outputs(output, found, errors, plots=not arguments.no_plots)
     _show(found)
     context = found.context
     rate = context.images / max(context.measuring_seconds or context.seconds, 1e-9)
-    print(f"{output}: {context.images} images at {rate:.1f} images/s, {context.seconds:.1f} s in all; see {TABLE_NAME}")
+    images = counted(context.images, "image")
+    print(f"{output}: {images} at {rate:.1f} images/s, {context.seconds:.1f} s in all; see {TABLE_NAME}")
     if errors:
         return fail(EXIT_SET_ASIDE, f"{counted(len(errors), 'input')} set aside, see {output}/{ERRORS_NAME}")
     return EXIT_DONE

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dove_fast.commands.options import EXIT_DONE, add_command, positive
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -56,10 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
             store, arguments.output, arguments.format, shard_size=arguments.shard_size, on_progress=on_progress
         )
     if report.files == 0:
-        print(f"{arguments.output}: all files of {len(store)} images were there already, nothing was written")
+        images = counted(len(store), "image")
+        print(f"{arguments.output}: all files of {images} were there already, nothing was written")
         return EXIT_DONE
     print(
-        f"{arguments.output}: {report.files} files, {report.images} images, {report.tokens} "
-        f"{'codes' if arguments.format == 'megatron' else 'tokens'} in {report.seconds:.1f} s"
+        f"{arguments.output}: {counted(report.files, 'file')}, {counted(report.images, 'image')}, "
+        f"{counted(report.tokens, 'code' if arguments.format == 'megatron' else 'token')} in {report.seconds:.1f} s"
     )
     return EXIT_DONE

@@ -49,11 +49,10 @@ def warn_of_kept(store: str, report: TokenizeReport) -> int:
         return EXIT_DONE
     from dove_fast.store.replaced import REPLACED_NAME
 
-    units = ", ".join(map(str, report.kept))
+    units = ("unit " if len(report.kept) == 1 else "units ") + ", ".join(map(str, report.kept))
     return fail(
         EXIT_SET_ASIDE,
-        f"units {units} have fewer images than before (errors.jsonl says why); what they were is in "
-        f"{store}/{REPLACED_NAME}",
+        f"fewer images than before in {units} (errors.jsonl says why); what there was is in {store}/{REPLACED_NAME}",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,9 +87,10 @@ def _say(output: str, report: TokenizeReport) -> int:
         )
         show_tokenize_summary(summary, output, console)
     if not report.complete:
-        left = f"{report.missing} of {counted(report.units, 'unit')}"
-        print(f"{left} left to other jobs, or by them; run again to finish")
+        left = f"{report.missing:,} of {counted(report.units, 'unit')}"
+        print(f"not done: {left}, which other jobs have, or left behind; run again to finish")
     if report.errors:
         again = "; --retry-errors tries them again once they are mended" if report.already_complete else ""
-        fail(EXIT_SET_ASIDE, f"{counted(report.errors, 'input')} set aside, see {output}/errors.jsonl{again}")
+        set_aside = counted(report.errors, "input")
+        print(f"dove-fast: {set_aside} set aside, see {output}/errors.jsonl{again}", file=sys.stderr)
     return max(warn_of_kept(output, report), EXIT_SET_ASIDE if report.errors else EXIT_DONE)

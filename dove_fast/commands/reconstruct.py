@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dove_fast.commands.options import EXIT_DONE, add_command, add_length_options, add_model_options, load
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -47,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
             on_progress=on_progress,
         )
     if report.images == 0:
-        print(f"{arguments.output}: all {len(store)} pictures were there already, nothing was computed")
+        print(f"{arguments.output}: there already: {counted(len(store), 'picture')}; nothing was computed")
         return EXIT_DONE
     print(
-        f"{arguments.output}: {report.images} pictures from {report.tokens} tokens in {report.seconds:.1f} s, "
-        f"{report.images / report.seconds:.1f} images/s"
+        f"{arguments.output}: {counted(report.images, 'picture')} from {counted(report.tokens, 'token')} in "
+        f"{report.seconds:.1f} s, {report.images / report.seconds:.1f} images/s"
     )
     return EXIT_DONE

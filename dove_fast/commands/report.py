@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     write_report(output, page)
     shown = page.shown
-    print(f"{output}: {len(shown.keys)} of {shown.looked_at} images, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"{output}: {len(shown.keys):,} of {counted(shown.looked_at, 'image')}, {output.stat().st_size / 1e6:.1f} MB")
     if shown.errors:
         unread = counted(len(shown.errors), "input")
         return fail(EXIT_SET_ASIDE, f"{unread} could not be read, the end of {output} says why")

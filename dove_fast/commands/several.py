@@ -73,7 +73,7 @@ def run_on_devices(arguments: argparse.Namespace) -> int:
         return EXIT_REFUSED if codes == {EXIT_REFUSED} else EXIT_STOPPED
     try:
         if codes <= {EXIT_DONE, EXIT_SET_ASIDE} and not read_manifest(Path(arguments.output))["complete"]:
-            print(f"{arguments.output}: the other units are other jobs', or were left by them; run again to finish")
+            print(f"{arguments.output}: not done: units which other jobs have, or left behind; run again to finish")
             return max(codes)
         store = TokenStore(arguments.output)
     except (DoveError, OSError) as error:

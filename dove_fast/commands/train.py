@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dove_fast.commands.options import EXIT_DONE, EXIT_INTERRUPTED, add_command, fail
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from dove_fast.commands.options import Commands
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             report = train(config, ranks, allow_download=arguments.allow_download, on_progress=on_progress)
     if ranks.is_first:
         rate = f", {report.computed / report.seconds:.2f} steps/s" if report.computed else ""
-        print(f"{config.run.output}: {report.step} of {report.steps} steps, {report.computed} now{rate}")
+        print(f"{config.run.output}: {report.step:,} of {counted(report.steps, 'step')}, {report.computed:,} now{rate}")
     if report.interrupted:
         return fail(EXIT_INTERRUPTED, f"interrupted; {arguments.resume}")
     if ranks.is_first:

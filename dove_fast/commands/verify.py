@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     damaged = sorted({damage.unit for damage in found if damage.unit is not None})
     if not arguments.repair:
-        print(f"{arguments.store}: {len(damaged)} of {counted(units, 'unit')} damaged, which --repair does again")
+        some = f"{len(damaged):,} of {counted(units, 'unit')}"
+        print(f"{arguments.store}: damaged: {some}; --repair does such units again")
         return EXIT_STOPPED
     return _repair(arguments, damaged)
 

@@ -124,7 +124,8 @@ def _lengths(evaluation: Evaluation) -> Iterator[str]:
         yield from chart.end()
         rank = complexity.rank_correlation
         said = "undefined, one side is constant" if rank is None else f"{rank:.2f}"
-        yield f"<figcaption>{len(points):,} images; Spearman's rank correlation of all: {said}</figcaption></figure>"
+        drawn = counted(len(points), "image")
+        yield f"<figcaption>{drawn}; Spearman's rank correlation of all: {said}</figcaption></figure>"
     yield "</div>"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from dove_fast.evaluation.columns import COSTS, MEASURES, Column, measured
 from dove_fast.evaluation.results import Context, Evaluation, Grounding, Lengths, Measure, ProbeRow, QualityRow, Spread
 from dove_fast.jobs.info import length_histogram
+from dove_fast.words import counted
 
 __all__ = ["markdown"]
 
@@ -25,10 +26,9 @@ def _lines(evaluation: Evaluation, plots: Sequence[str]) -> Iterator[str]:
     context = evaluation.context
     yield f"# Evaluation of {context.checkpoint}"
     yield ""
-    yield (
-        f"{context.images:,} images of {context.data}, {context.image_size} x {context.image_size} pixels"
-        f"{f', {context.set_aside:,} inputs set aside' if context.set_aside else ''}."
-    )
+    set_aside = f", {counted(context.set_aside, 'input')} set aside" if context.set_aside else ""
+    images = counted(context.images, "image")
+    yield f"{images} of {context.data}, {context.image_size} x {context.image_size} pixels{set_aside}."
     yield from _section("Quality by number of tokens", _quality(evaluation))
     yield ""
     yield "Means over the images, in brackets the 5th and the 95th percentile. The VQGAN alone has codes, no tokens."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dove_fast.jobs.info import CheckpointSummary, StoreSummary, describe_default_backend, length_histogram
 from dove_fast.jobs.progress import OnProgress, Progress, TimeLeft, describe_seconds
 from dove_fast.store.layout import flat_settings
+from dove_fast.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,9 +136,9 @@ def show_store(summary: StoreSummary, name: str, console: Console) -> None:
     """Print a store's table and the histogram of its lengths."""
     settings = summary.settings
     table = _table(f"Token store {name}")
-    if summary.units_done < summary.units:
-        done = f"{summary.units_done:,} of {summary.units:,} units; the same dove-fast tokenize command goes on"
-        _row(table, "not complete", done)
+    if not summary.complete:
+        units = f"{summary.units_done:,} of {counted(summary.units, 'unit')}"
+        _row(table, "not complete", f"{units}; its job runs, or was stopped and goes on by the same command")
     _row(table, "images", f"{summary.images:,}")
     _row(table, "set aside", f"{summary.errors:,}")
     _row(table, "tokens", f"{summary.tokens:,}")

@@ -54,7 +54,7 @@ class Estimate:
             lines.append(f"none of {counted(self.failed, 'input')} tried could be used")
             return "\n".join(lines)
         lines.append(
-            f"of {counted(self.tried + self.failed, 'input')} tried {self.failed} cannot be used; "
+            f"of {counted(self.tried + self.failed, 'input')} tried {self.failed:,} cannot be used; "
             f"{self.images_per_second:.1f} images/s or more, {self.mean_tokens:.1f} tokens and "
             f"{self.bytes_per_image / 1024:.1f} KiB an image"
         )

@@ -37,8 +37,8 @@ PERCENTILES = (5, 25, 50, 75, 95)
 class StoreSummary:
     """A store in numbers: `lengths` int32 (images,), what its manifest says, and how many of its units are done.
 
-    `codes`: the VQGAN's are kept. `quantization_error`: relative, of tokens kept in int8; None where they are kept as
-    they are.
+    `complete`: whether it is whole and can be read, which takes more than all units. `codes`: the VQGAN's are kept.
+    `quantization_error`: relative, of tokens kept in int8; None where they are kept as they are.
     """
 
     images: int
@@ -49,6 +49,7 @@ class StoreSummary:
     settings: dict[str, Any]
     units: int
     units_done: int
+    complete: bool = True
     codes: bool = False
     quantization_error: float | None = None
 
@@ -66,9 +67,10 @@ class StoreSummary:
 
 
 def summarize_store(directory: str | os.PathLike[str]) -> StoreSummary:
-    """Read a store's manifest and the lengths in its records, where a job has not finished of the units that are done.
+    """Read a store's manifest and the lengths in its records.
 
-    Raises what `TokenStore` raises, but for a store that is not complete.
+    Of a store that a job is still writing, or was stopped in, it is the units that are done. Raises what `TokenStore`
+    raises, but not for that.
     """
     manifest = read_manifest(Path(directory))
     if not manifest["complete"] and manifest["format_version"] == FORMAT_VERSION:
@@ -94,16 +96,20 @@ def _summarize_unfinished(directory: Path, settings: dict[str, Any]) -> StoreSum
         config = DOVEConfig.from_dict(settings["config"])
     except (TypeError, ValueError) as error:
         raise StoreError(f"{directory} has a damaged manifest: {error}") from error
-    lengths = [length for _, column in store.done_column("length") for length in column]
+    rows = [np.array(column, np.int32) for _, column in store.done_column("length")]
+    lengths = np.concatenate(rows) if rows else np.empty(0, np.int32)
+    if len(lengths) != store.records:
+        raise StoreError(f"{directory} has records of {len(lengths)} images, its units say {store.records}")
     return StoreSummary(
         images=store.records,
         tokens=store.tokens,
         errors=store.error_count,
-        lengths=np.array(lengths, np.int32),
+        lengths=lengths,
         config=config,
         settings=settings,
         units=store.settings.units,
         units_done=store.units_done,
+        complete=False,
         codes=store.settings.codes,
         quantization_error=store.quantization_error,
     )

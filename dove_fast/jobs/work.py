@@ -34,8 +34,8 @@ __all__ = ["Limits", "OnImage", "Work"]
 # Images that go to a worker and come back together, and the most encoded bytes of them (one image may have more).
 CHUNK_IMAGES = 8
 CHUNK_BYTES = 4 << 20
-# Of images that are decoded and wait. Where decoding goes in bursts each of them takes some milliseconds to begin.
-BATCHES_AHEAD = 4
+# Batches of images that are decoded ahead; more on a CPU, where that goes in bursts which take milliseconds to begin.
+BATCHES_AHEAD, BATCHES_A_BURST = 2, 4
 
 # Called with an image's key, its token count and its pixels, uint8 (3, S, S).
 OnImage = Callable[[str, int, Tensor], None]
@@ -146,7 +146,12 @@ class Work:
             self.conclude()
 
     def _decoders(self) -> Decoders:
-        return Decoders(self._transform, self._limits.workers, yielding=self._model.device.type == "cpu")
+        return Decoders(self._transform, self._limits.workers, yielding=self._in_bursts)
+
+    @property
+    def _in_bursts(self) -> bool:
+        # The model's threads are on the cores that decoding needs.
+        return self._model.device.type == "cpu"
 
     def conclude(self) -> None:
         """Take over what others did; if all units are done, finish the store.
@@ -185,7 +190,8 @@ class Work:
     def _once(self, decoders: Decoders, units: Collection[int] | None) -> bool:
         """Go once through the units that are missing; false if none of them could be taken."""
         # In images, what is decoded and waits; in chunks, and as many again encoded.
-        depth = decoders.workers + -(-BATCHES_AHEAD * self._batch_size // CHUNK_IMAGES)
+        batches = BATCHES_A_BURST if self._in_bursts else BATCHES_AHEAD
+        depth = decoders.workers + -(-batches * self._batch_size // CHUNK_IMAGES)
         chunks: Generator[_Chunk, None, None] = self._chunks(units)
         if decoders.workers:
             chunks = read_ahead(chunks, depth=depth)

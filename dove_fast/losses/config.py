@@ -32,7 +32,7 @@ class LossConfig:
     codebook_weight: float = 0.0
     commitment_weight: float = 0.0
     # The squared error of the token decoder's features against the VQGAN's: it teaches tokens what they are to carry
-    # without a backward through the VQGAN's decoder, which is most of a step. Not in the paper; 0: off. [reading]
+    # without the VQGAN's decoder, which is most of a step. Not in the paper; 0: off. [reading]
     feature_weight: float = 0.0
     # lambda: log-linear from the first to the second value over so many steps, then constant. "Extremely small" and
     # growing in the paper, without values. [reading]

@@ -54,8 +54,9 @@ class QDOVELoss(nn.Module):
     config: the weights. perceptual: a module of images (B, 3, H, W), reconstructions -> distances (B, 1, H, W), such as
     `LPIPS`; needed where `config.perceptual_weight` is not 0. discriminator: images -> scores, such as
     `PatchDiscriminator`; needed where `config.adversarial_weight` is not 0. Neither is a parameter of the loss.
-    `threshold` is tau, part of the state: call `threshold.update` once a step, behind the optimiser's, with
-    `training.mean_over_ranks(LossTerms.errors)`. The discriminator gets no gradient from `LossTerms.total`.
+    `threshold` is tau, part of the state: call `threshold.update` once a step whose lengths EOS chose, behind the
+    optimiser's, with `training.mean_over_ranks(LossTerms.errors)`. The discriminator gets no gradient from
+    `LossTerms.total`.
     Source: METHOD section 4.
     """
 

@@ -51,7 +51,7 @@ class RunLog:
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and not _not_finite(value):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def picture(self, name: str, step: int, pixels: Tensor) -> None:

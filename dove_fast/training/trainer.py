@@ -59,7 +59,10 @@ RESUME = "run the same command again to go on from the last checkpoint"
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far a run is: steps done of `steps`, this step's error (`StepOutcome`) and mean length, images/s so far."""
+    """How far a run is: steps done of `steps`, this step's error and mean length, images/s so far.
+
+    error: the mean squared error of pixels, or of features where no loss reads pixels.
+    """
 
     step: int
     steps: int
@@ -175,7 +178,7 @@ class Trainer:
                 if on_progress is not None and self.ranks.is_first:
                     rate = (state.step - first) * run.batch_size / (time.perf_counter() - start)
                     length = float(torch.cat([result.lengths for result in outcome.results]).double().mean())
-                    on_progress(TrainProgress(state.step, run.steps, outcome.error, length, rate))
+                    on_progress(TrainProgress(state.step, run.steps, self._error(outcome), length, rate))
                 if any_over_ranks(stop.is_set(), self.ranks.device):
                     break
                 if report.checkpoint_steps and state.step % report.checkpoint_steps == 0:
@@ -188,6 +191,11 @@ class Trainer:
         return TrainReport(
             state.step, run.steps, state.step - first, seconds, state.skipped, exported is None, exported
         )
+
+    def _error(self, outcome: StepOutcome) -> float:
+        if self.config.loss.weighs_pixels:
+            return outcome.mse
+        return float(torch.stack([result.terms.features for result in outcome.results]).mean())
 
     def _open(self, data: DataConfig, name: str, batch_size: int, seed: int, ranks: Ranks) -> Batches:
         samples = open_samples(data)

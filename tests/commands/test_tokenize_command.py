@@ -103,7 +103,7 @@ def test_units_of_other_jobs_are_no_failure(tmp_path, on_devices):
     writer.close()
     code, out, err = on_devices(f"[ $device = cpu ] && exec cp -r {store} {tmp_path}/s; exit 1")
     assert (code, err) == (1, "")
-    assert out.endswith("/s: the other units are other jobs', or were left by them; run again to finish\n")
+    assert out.endswith("/s: not done: units which other jobs have, or left behind; run again to finish\n")
 
 
 def test_devices_show_one_bar_of_units(tmp_path, on_devices, monkeypatch):
@@ -269,9 +269,7 @@ def test_what_was_set_aside_is_tried_again_and_what_is_lost_is_told(tmp_path, ph
         other.write_bytes(b"")
     code, out, err = tokenize("--shard-size", 2, "--retry-errors")
     assert code == 1
-    assert (
-        f"units 0 have fewer images than before (errors.jsonl says why); what they were is in {tmp_path}/s/repl" in err
-    )
+    assert f"fewer images than before in unit 0 (errors.jsonl says why); what there was is in {tmp_path}/s/repl" in err
     path.write_bytes(whole)
     for other in photos.rglob("*.away"):
         other.rename(other.with_suffix(".png"))

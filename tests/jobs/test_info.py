@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from dove_fast.jobs import summarize_checkpoint, summarize_store
 from dove_fast.jobs.display import show_checkpoint, show_installation, show_store
 from dove_fast.jobs.info import describe_default_backend, length_histogram
 from dove_fast.store.writer import StoreWriter
+
+# A store of an earlier version, with tokens in int8.
+INT8 = Path(__file__).parents[1] / "store" / "format-2-int8"
 
 
 def shown(show, summary, width=100, encoding="utf-8") -> str:
@@ -53,13 +58,16 @@ def test_a_store_that_is_not_complete_in_numbers(tmp_path):
     summary = summarize_store(tmp_path / "s")
     assert (summary.images, summary.errors, summary.units_done, summary.units) == (8, 1, 3, 14)
     assert summary.tokens == summary.lengths.sum()
+    assert "3 of 14 units; its job runs" in shown(show_store, summary)
     fill(writer)
+    all_units = summarize_store(tmp_path / "s")
+    assert (all_units.units_done, all_units.complete) == (14, False)
+    assert "not complete" in shown(show_store, all_units)
     writer.finish()
     whole = summarize_store(tmp_path / "s")
-    assert (whole.units_done, whole.units) == (14, 14)
+    assert (whole.units_done, whole.units, whole.complete) == (14, 14, True)
     # The second unit lost an image.
     assert summary.lengths.tolist() == [*whole.lengths[:5], *whole.lengths[14:17]]
-    assert "3 of 14 units; the same dove-fast tokenize command goes on" in shown(show_store, summary)
     assert "not complete" not in shown(show_store, whole)
 
 
@@ -73,13 +81,24 @@ def test_an_unfinished_store_with_a_damaged_manifest_is_refused(tmp_path, settin
         summarize_store(tmp_path / "s")
 
 
-def test_codes_and_the_error_of_int8_are_shown(tmp_path):
-    summary = summarize_store(write(tmp_path / "s", 8))
-    assert not summary.codes
-    assert summary.quantization_error is None
-    text = shown(show_store, dataclasses.replace(summary, codes=True, quantization_error=0.0123))
-    assert "64 an image" in text
-    assert "1.23e-02" in text
+@pytest.mark.parametrize("complete", [True, False])
+def test_codes_and_the_error_of_int8(tmp_path, complete):
+    plain = summarize_store(write(tmp_path / "plain", 8))
+    assert not plain.codes and plain.quantization_error is None
+    assert "codes" not in shown(show_store, plain) and "int8 error" not in shown(show_store, plain)
+    store = tmp_path / "s"
+    shutil.copytree(INT8, store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    kept = manifest["totals"]["quantization_error"]
+    if not complete:
+        manifest |= {"complete": False, "shards": None, "totals": None}
+        (store / "manifest.json").write_text(json.dumps(manifest))
+    summary = summarize_store(store)
+    assert summary.complete == complete
+    assert summary.codes == manifest["settings"]["codes"]
+    assert summary.quantization_error == pytest.approx(kept)
+    assert f"{kept:.2e}" in shown(show_store, summary)
+    assert f"{summary.config.num_features} an image" in shown(show_store, dataclasses.replace(summary, codes=True))
 
 
 def test_the_histogram_counts_every_image_once():

@@ -95,6 +95,11 @@ def pixels(seed: int, size: int = 16) -> torch.Tensor:
     return torch.randint(256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+def test_the_error_of_int8_is_said(tmp_path):
+    assert "1.23e-02" in written(tmp_path, quantization_error=0.0123).texts("td")
+    assert "int8 error" not in written(tmp_path).texts("th")
+
+
 def test_the_tables_say_what_was_done(tmp_path):
     page = written(tmp_path)
     assert page.texts("h1") == page.texts("title")[:1] == ["photos"]

@@ -71,6 +71,8 @@ def test_tensorboard_has_the_same_figures(tmp_path):
     log = opened(tmp_path, tensorboard=True)
     for step in (1, 2, 3, 4):
         log.write("train", step, {"mse": step / 8, "threshold": None, "skipped": step, "warning": "words"})
+    # A step without pixels has no error.
+    log.write("train", 4, {"mse": float("nan"), "eos": float("inf")})
     log.write("validation", 4, {"psnr": 20.5})
     pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     log.picture("lengths", 4, pixels)
