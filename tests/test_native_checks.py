@@ -78,7 +78,8 @@ BUILDS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sanitized", pytest.param("optimized", marks=pytest.mark.slow)])
+# Slow, as each compiles all kernels for minutes; `plain_checks` below is a build of the default suite.
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in BUILDS])
 def checks(request):
     need_compiler()
     return build(request.param, **BUILDS[request.param])
