@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             on_progress=on_progress,
         )
     if report.images == 0:
-        print(f"{arguments.output}: there already: {counted(len(store), 'picture')}; nothing was computed")
+        print(f"{arguments.output}: {counted(len(store), 'picture')} there already, nothing was computed")
         return EXIT_DONE
     print(
         f"{arguments.output}: {counted(report.images, 'picture')} from {counted(report.tokens, 'token')} in "
